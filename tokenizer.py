@@ -1,0 +1,878 @@
+"""
+Images <-> tokens: the shapes world, image folders, and the VQ tokenizer with soft decoding.
+
+Everything that touches pixels lives here, so that the rest of the code only sees ids (B, N) and logits (B, N, V).
+The helpers every script needs (overrides, distributed runs, files) stand at the end: this file is the bottom of the
+import graph. Compared with the published VQGAN trainers this one leaves out LPIPS, the discriminator and attention;
+at 32x32 an L1 + L2 loss is enough.
+
+$ python tokenizer.py                          # shapes world, about 2 minutes on 2 CPU cores -> out/tokenizer.pt
+$ python tokenizer.py --data=my_images         # your folder: sub-folders are classes
+$ torchrun --nproc_per_node=8 tokenizer.py --data=my_images --image_size=64 --batch_size=512
+Expected: reconstruction error below 0.02 (mean absolute, images in [-1, 1]) and more than 90 % of the codes in use.
+"""
+import difflib
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from scipy import ndimage
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# I/O
+data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
+out = 'out/tokenizer.pt'  # checkpoint; log and pictures go beside it
+resume = False         # continue from `out` to the same bits
+seed = 0               # every random number of the run follows from it
+log_every = 20         # steps between log lines
+save_every = 200       # steps between checkpoints and pictures
+# network
+image_size = 32        # pixels; images are resized (shorter side) and centre-cropped to it
+ch = 16                # channels at full resolution; VQGAN 128
+ch_mult = '1,2,4'      # channel multiplier of each level, each but the last halves the size; VQGAN 1,1,2,2,4
+n_res = 1              # residual blocks per level; VQGAN 2
+n_codes = 256          # codebook size V
+code_dim = 8           # numbers per code
+# training
+steps = 600            # updates
+warmup_free = 100      # first updates without quantisation, after which the codebook is set from encoder outputs
+batch_size = 64        # images per update, all processes together
+micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+lr = 2e-3              # AdamW, falls to a tenth along a cosine
+commitment = 0.25      # weight of the commitment loss; VQ-VAE .25
+# system
+compile = False        # torch.compile the network
+bench = False          # time 20 steps and stop
+# -----------------------------------------------------------------------------
+# The shapes world (design: 32x32, every image follows from its index)
+
+SIZE, CELL = 32, 16                                    # canvas and quadrant; an object sits in one quadrant
+HELD_OUT = 2 ** 31                                     # indices from here on are never trained on
+COLORS = {'red': (222, 48, 48), 'green': (36, 176, 72), 'blue': (52, 96, 240), 'yellow': (248, 212, 48)}
+SHAPES = ('circle', 'square', 'triangle', 'cross')
+BACKGROUNDS = ((24, 24, 32), (236, 232, 222), (128, 128, 136), (226, 150, 200))  # the default world uses the first
+RADII = (4.0, 6.0)                                     # two sizes, never named
+NUMBERS = {'two': 2, 'three': 3, 'four': 4}
+RELATIONS = ('left of', 'right of', 'above', 'below')
+TASKS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')  # GenEval's six
+WORDS = ('a', 'and', *NUMBERS, *COLORS, *SHAPES, *(s + ('es' if s == 'cross' else 's') for s in SHAPES), 'shape',
+         'left', 'right', 'of', 'above', 'below')
+CAPTION_LENGTH = 8                                     # 'a red circle left of a blue square'
+PALETTE = np.array([*COLORS.values(), *BACKGROUNDS], dtype=np.float32)
+
+
+def sprites():
+    """Opacity of every shape and size, centred in a quadrant: (4 shapes, 2 sizes, 16, 16) in [0, 1], anti-aliased
+    from signed distances. The renderer pastes them, the checker compares with them."""
+    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
+    def distances(r):
+        circle = np.hypot(x, y) - r
+        square = np.maximum(abs(x), abs(y)) - r
+        triangle = np.maximum((2 * abs(x) - y - r) / 5 ** 0.5, y - r)
+        bar = lambda a, b: np.maximum(abs(a) - r, abs(b) - r / 2 + 1)
+        return circle, square, triangle, np.minimum(bar(x, y), bar(y, x))
+    return np.stack([np.clip(0.5 - np.stack(distances(r)), 0, 1) for r in RADII], axis=1).astype(np.float32)
+
+
+SPRITES = sprites()
+
+
+def caption_of(task, u, color, shape, relation, n):
+    """The words for one image; `u` decides between the two forms of the colour task."""
+    colored = [f'{list(COLORS)[c]} {SHAPES[s]}' for c, s in zip(color, shape)]
+    plural = WORDS[WORDS.index('circles') + shape[0]]
+    return (f'a {SHAPES[shape[0]]}',
+            f'a {SHAPES[shape[0]]} and a {SHAPES[shape[1]]}',
+            f'{list(NUMBERS)[n - 2]} {list(COLORS)[color[0]]} {plural}',
+            f'a {colored[0]}' if u < 0.5 else f'a {list(COLORS)[color[0]]} shape',
+            f'a {colored[0]} {RELATIONS[relation]} a {colored[1]}',
+            f'a {colored[0]} and a {colored[1]}')[task]
+
+
+def draw(index, open_background=False):
+    """Render images of the shapes world: index (B,) ints -> images float (B, 3, 32, 32) in [-1, 1], captions.
+    Image i is the same on every machine (NumPy's legacy generator is frozen). What a caption leaves open is uniform:
+    size, quadrant, offset, and colour or shape where unnamed; with `open_background` one of four backgrounds too."""
+    index = np.atleast_1d(np.asarray(index, dtype=np.int64))
+    u = np.stack([np.random.RandomState(i).random_sample(32) for i in index])           # (B, 32) in [0, 1)
+    pick = lambda column, n: (u[:, column] * n).astype(int)
+    B = len(index)
+    task, relation = pick(0, 6), pick(1, 4)
+    color, shape = (u[:, 4:8] * len(COLORS)).astype(int), (u[:, 8:12] * len(SHAPES)).astype(int)
+    other = lambda values, n: (values + 1 + pick(2, n - 1)) % n                          # uniform among the rest
+    color[:, 1] = np.where(task >= 4, other(color[:, 0], len(COLORS)), color[:, 1])      # pairs differ in colour ...
+    shape[:, 1] = np.where(task == 1, other(shape[:, 0], len(SHAPES)), shape[:, 1])      # ... or in shape
+    counting = task == 2
+    color[counting], shape[counting] = color[counting, :1], shape[counting, :1]
+    n = np.array([1, 2, 0, 1, 2, 2])[task] + counting * (2 + pick(3, 3))                 # (B,) objects
+    cell = u[:, 12:16].argsort(axis=1)                                                   # (B, 4) distinct quadrants
+    side = np.stack([relation % 2, 1 - relation % 2], axis=1)                            # left and above come first
+    free = (u[:, 12:14] * 2).astype(int)
+    related = np.where(relation[:, None] < 2, 2 * free + side, 2 * side + free)          # quadrant = 2 row + column
+    cell[:, :2] = np.where(task[:, None] == 4, related, cell[:, :2])
+    size = (u[:, 16:20] * len(RADII)).astype(int)
+    top = CELL * (cell // 2) + (u[:, 20:24] * 3).astype(int)                             # offset -1, 0, 1 and pad 1
+    left = CELL * (cell % 2) + (u[:, 24:28] * 3).astype(int)
+
+    background = pick(28, len(BACKGROUNDS)) * bool(open_background)
+    canvas = np.zeros((B, SIZE + 2, SIZE + 2, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
+    box = np.arange(CELL)
+    for k in range(4):
+        has = np.flatnonzero(n > k)
+        at = (has[:, None, None], (top[has, k, None] + box)[:, :, None], (left[has, k, None] + box)[:, None, :])
+        alpha = SPRITES[shape[has, k], size[has, k]][..., None]
+        canvas[at] += alpha * (PALETTE[color[has, k]][:, None, None] - canvas[at])
+    images = torch.from_numpy(np.rint(canvas[:, 1:-1, 1:-1])).permute(0, 3, 1, 2) / 127.5 - 1
+    captions = [caption_of(*row) for row in zip(task, u[:, 29], color, shape, relation, n)]
+    return images.contiguous(), captions
+
+
+def parse_caption(caption):
+    """What a caption asks for: (task, [(colour or '', shape or '')] per object, relation or '').
+    Raises ValueError for a caption outside the grammar."""
+    text = caption.strip().lower()
+    relation = next((r for r in RELATIONS if f' {r} ' in text), '')
+    objects, counted = [], False
+    for phrase in re.split(f' {relation} ' if relation else ' and ', text):
+        match = re.fullmatch(rf'(a|{"|".join(NUMBERS)}) ?(|{"|".join(COLORS)}) ({"|".join(SHAPES)}|shape)(e?s)?', phrase)
+        if not match:
+            raise ValueError(f'{phrase!r} in {caption!r} is outside the grammar, which reads like "a red circle left of '
+                             'a blue square", "three green squares", "a circle and a cross" or "a yellow shape"')
+        number, color, shape, _ = match.groups()
+        counted |= number != 'a'
+        objects += [(color, '' if shape == 'shape' else shape)] * NUMBERS.get(number, 1)
+    if len(objects) == 1:
+        task = 'colors' if objects[0][0] else 'single_object'
+    else:
+        task = ('position' if relation else 'counting' if counted
+                else 'color_attr' if all(c for c, _ in objects) else 'two_object')
+    return task, objects, relation
+
+
+def look(images):
+    """Find the objects in images (B, 3, 32, 32): a dict of arrays with one entry per object (image, color, shape,
+    size, row, column, all ints, shape -1 where nothing fits) and `background` with one entry per image.
+    Nearest palette colour, connected components, best overlap with the sprites at shifts of one pixel."""
+    rgb = (images.detach().float().cpu().clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    nearest = ((rgb[:, :, :, None] - PALETTE) ** 2).sum(-1).argmin(-1)                     # (B, 32, 32) palette index
+    ground = np.stack([(nearest == len(COLORS) + k).sum((1, 2)) for k in range(len(BACKGROUNDS))], 1).argmax(1)
+    flat = np.zeros((3, 3, 3), dtype=int)
+    flat[1] = ndimage.generate_binary_structure(2, 1)                                     # never connect two images
+    label, count = ndimage.label(nearest < len(COLORS), structure=flat)
+    sizes = np.bincount(label.ravel(), minlength=count + 1)
+    boxes = [(k + 1, b) for k, b in enumerate(ndimage.find_objects(label)) if sizes[k + 1] >= 8]  # smaller: specks
+    found = {key: np.zeros(len(boxes), dtype=int) for key in ('image', 'color', 'shape', 'size', 'row', 'column')}
+    found['background'] = ground
+    if not boxes:
+        return found
+    padded = np.pad(label, ((0, 0), (CELL, CELL), (CELL, CELL)))
+    crops = np.zeros((len(boxes), CELL, CELL), dtype=np.float32)
+    for k, (i, (image, rows, columns)) in enumerate(boxes):
+        row, column = (rows.start + rows.stop) // 2, (columns.start + columns.stop) // 2  # centre of the bounding box
+        crops[k] = padded[image.start, row + CELL // 2:row + 3 * CELL // 2, column + CELL // 2:column + 3 * CELL // 2] == i
+        part = nearest[image.start, rows, columns][label[image.start, rows, columns] == i]
+        found['image'][k], found['color'][k] = image.start, np.bincount(part).argmax()
+        found['row'][k], found['column'][k] = row, column
+    shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    bank = np.stack([np.roll(SPRITES > 0.5, s, axis=(2, 3)) for s in shifts], 2).astype(np.float32)  # (4, 2, 9, 16, 16)
+    bank, crops = bank.reshape(-1, CELL * CELL), crops.reshape(-1, CELL * CELL)
+    inside = crops @ bank.T
+    overlap = inside / (crops.sum(1)[:, None] + bank.sum(1) - inside)                     # intersection over union
+    shape, size, shift = np.unravel_index(overlap.argmax(1), (len(SHAPES), len(RADII), len(shifts)))
+    found['shape'], found['size'] = np.where(overlap.max(1) >= 0.6, shape, -1), size
+    found['row'] += np.array(shifts)[shift, 0]
+    found['column'] += np.array(shifts)[shift, 1]
+    return found
+
+
+def check(images, captions):
+    """Does each image show exactly what its caption says? images (B, 3, 32, 32), captions -> bool array (B,).
+    The rule-based counterpart of GenEval: no object missing, none too many, names and relation right."""
+    found, names = look(images), (('',) + SHAPES, tuple(COLORS))
+    verdict = np.zeros(len(captions), dtype=bool)
+    for i, caption in enumerate(captions):
+        _, wanted, relation = parse_caption(caption)
+        seen = [(names[1][found['color'][k]], names[0][found['shape'][k] + 1], found['row'][k], found['column'][k])
+                for k in np.flatnonzero(found['image'] == i)]
+        if len(seen) != len(wanted) or not all(s[1] for s in seen):
+            continue
+        fits = lambda want, s: want[0] in ('', s[0]) and want[1] in ('', s[1])
+        orders = [seen] if len(seen) == 1 or len(set(wanted)) == 1 else [seen, seen[::-1]]
+        for order in orders:
+            (_, _, r0, c0), (_, _, r1, c1) = order[0], order[-1]
+            placed = {'': True, 'left of': c1 - c0 > 4, 'right of': c0 - c1 > 4,
+                      'above': r1 - r0 > 4, 'below': r0 - r1 > 4}[relation]
+            verdict[i] |= placed and all(map(fits, wanted, order))
+    return verdict
+
+
+def wrong_caption(caption, u):
+    """The caption with one fact changed (a colour, a shape, the number or the relation), chosen by u in [0, 1)."""
+    words = caption.split()
+    groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, WORDS[WORDS.index('circles'):][:4], ('left', 'right'),
+              ('above', 'below'))
+    places = [(k, g) for k, w in enumerate(words) for g in groups if w in g]
+    k, group = places[int(u * len(places))]
+    rest = [w for w in group if w != words[k]]
+    words[k] = rest[int(u * 1e6) % len(rest)]
+    return ' '.join(words)
+
+
+def factors(images, captions, world='shapes'):
+    """Mode dropping, factor by factor: total-variation distance in [0, 1] between what the images show and the known
+    uniform law of everything that the captions leave open. images (B, 3, 32, 32) -> {factor: distance}."""
+    found = look(images)
+    known = found['shape'] >= 0
+    asked = [parse_caption(c)[1] for c in captions]
+    unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
+    row, column = found['row'] - CELL // 2, found['column'] - CELL // 2
+    cell = 2 * (row > CELL // 2) + (column > CELL // 2)
+    near = lambda v: v - CELL * (v > CELL // 2)                                           # offset in its quadrant
+    offset = np.clip(near(row), -2, 2) * 5 + np.clip(near(column), -2, 2) + 12           # (5 x 5) bins, 9 in use
+    table = {'size': (found['size'][known], range(2)), 'position': (cell[known], range(4)),
+             'offset': (offset[known], [5 * a + b + 12 for a in (-1, 0, 1) for b in (-1, 0, 1)]),
+             'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
+             'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
+    def distance(values, support):
+        share = np.bincount(values, minlength=25) / max(1, len(values))
+        truth = np.zeros(25)
+        truth[list(support)] = 1 / len(support)
+        return float(abs(share - truth).sum() / 2)
+    return {name: distance(*pair) for name, pair in table.items()}
+
+
+# -----------------------------------------------------------------------------
+# Where images come from: the shapes world, or a folder
+
+def read_image(path, size):
+    """One file -> uint8 (size, size, 3): upright, alpha laid on white, shorter side resized to `size` (antialiased
+    bicubic), centre crop. Returns the reason as a string if the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ('I', 'F') or image.mode.startswith('I;16'):                 # 16-bit grey: scale to 8 bits
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+            return np.asarray(ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BICUBIC))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f'{type(error).__name__}: {error}'
+
+
+class Images:
+    """Images with captions, by index: `data` is 'shapes', 'shapes-open' or a folder whose sub-folders are classes.
+    `words` and `caption_length` are the vocabulary that captions use; a class label is a one-word caption."""
+
+    def __init__(self, data, size):
+        self.data, self.size, self.is_world, self.bad = data, size, data in ('shapes', 'shapes-open'), {}
+        if self.is_world:
+            if size != SIZE:
+                raise SystemExit(f'the shapes world is drawn at {SIZE} pixels, not {size}; leave --image_size={SIZE}')
+            self.words, self.caption_length, self.length = WORDS, CAPTION_LENGTH, 50_000
+            return
+        if not os.path.isdir(data):
+            raise SystemExit(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a folder of images")
+        root = os.path.abspath(data)
+        names = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith('.'))
+        walk = lambda top: sorted(os.path.join(w, f) for w, _, fs in os.walk(top) for f in fs if not f.startswith('.'))
+        groups = {name: walk(os.path.join(root, name)) for name in names} or {'image': walk(root)}
+        groups = {name: files for name, files in groups.items() if files}
+        self.words, self.caption_length = tuple(groups), 1
+        self.files = [(path, label) for label, files in enumerate(groups.values()) for path in files]
+        self.length = len(self.files)
+        if not self.files:
+            raise SystemExit(f'--data={data}: no files found; put images into sub-folders, one per class')
+        if len(groups) == 1:
+            print(f'note: {data} has a single class, {self.words[0]!r}: captions carry no information, so guidance has '
+                  'nothing to steer. Use one sub-folder per class if there are classes.')
+
+    def read(self, i):
+        """Image i of the folder as uint8 (size, size, 3), or None; a file that cannot be read is named once."""
+        path = self.files[i][0]
+        pixels = read_image(path, self.size) if path not in self.bad else None
+        if isinstance(pixels, str):
+            self.bad[path], pixels = pixels, None
+            tqdm.write(f'skipped {path}: {self.bad[path]}')
+        return pixels
+
+    def batch(self, index, substitute=True):
+        """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file is replaced by the next
+        readable one, or left out if `substitute` is False."""
+        if self.is_world:
+            return draw(index, open_background=self.data == 'shapes-open')
+        pixels, captions = [], []
+        for i in index:
+            tries = [int(i + k) % self.length for k in range(self.length if substitute else 1)]
+            good = next(((p, j) for j in tries if (p := self.read(j)) is not None), None)
+            if good:
+                pixels.append(good[0])
+                captions.append(self.words[self.files[good[1]][1]])
+            elif substitute:
+                raise SystemExit(f'--data={self.data}: not one of its {self.length} files is a readable image')
+        images = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
+
+    def key(self):
+        """What the content depends on: the world, or every file's name, size and time."""
+        if self.is_world:
+            return [self.data, self.length]
+        stats = [(path, os.stat(path)) for path, _ in self.files]
+        return [self.size] + [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
+
+
+def word_ids(captions, words, length):
+    """Captions -> condition ids (B, length), filled up with len(words), which means "no word". A caption that is
+    itself a word (a class label) stays whole. Raises ValueError naming an unknown word and its nearest neighbours."""
+    ids = torch.full((len(captions), length), len(words), dtype=torch.int64)
+    for i, caption in enumerate(captions):
+        parts = [caption.strip()] if caption.strip() in words else caption.lower().split()
+        for k, word in enumerate(parts):
+            if word not in words:
+                near = difflib.get_close_matches(word, words, n=3, cutoff=0.3)
+                raise ValueError(f'unknown word {word!r} in {caption!r}; ' + (f'nearest known: {", ".join(near)}' if near
+                                 else f'known: {", ".join(words[:40])}'))
+            if k >= length:
+                raise ValueError(f'{caption!r} has {len(parts)} words; this model reads at most {length}')
+            ids[i, k] = words.index(word)
+    return ids
+
+
+@torch.no_grad()
+def token_data(images, tokenizer, folder, device, batch=256):
+    """The whole data set as one memory-mapped array (M, N + T): tokens, then condition ids; encoded once. The file
+    name carries a hash of the images and of the tokenizer's weights, so a stale cache is never used."""
+    digest = hashlib.sha256(json.dumps(images.key()).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    path = os.path.join(folder, f'tokens-{digest.hexdigest()[:16]}.npy')
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        rows = []
+        for i in tqdm(range(0, images.length, batch), desc='encoding images', disable=not is_rank0(), leave=False):
+            pixels, captions = images.batch(range(i, min(i + batch, images.length)), substitute=False)
+            if captions:
+                ids = tokenizer.encode(pixels.to(device)).cpu()
+                rows.append(torch.cat([ids, word_ids(captions, images.words, images.caption_length)], 1).int().numpy())
+        if images.bad:
+            print(f'{len(images.bad)} of {images.length} files were skipped')
+        if not rows:
+            raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
+        with open(path + f'.{os.getpid()}.tmp', 'wb') as file:
+            np.save(file, np.concatenate(rows))
+        os.replace(file.name, path)
+    return np.load(path, mmap_mode='r')
+
+
+# -----------------------------------------------------------------------------
+# The VQ autoencoder, in the shape (and with the layer names) of the taming VQGAN
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps=1e-6) for c in (c_in, c_out))
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def levels(widths, c, n_res, groups, names):
+    """Residual levels: n_res blocks bring width c to each entry of `widths`; names[i], if not empty, is a resampling
+    convolution at the end of the level."""
+    stack = nn.ModuleList()
+    for width, name in zip(widths, names):
+        level = nn.Module()
+        level.block = nn.ModuleList([ResBlock(c if k == 0 else width, width, groups) for k in range(n_res)])
+        if name:
+            level.add_module(name, nn.Conv2d(width, width, 3, stride=2 if name == 'downsample' else 1,
+                                             padding=0 if name == 'downsample' else 1))
+        stack.append(level)
+        c = width
+    return stack
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths, n_res, z, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = levels(widths, widths[0], n_res, groups, ['downsample'] * (len(widths) - 1) + [''])
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, 'downsample'):
+                h = level.downsample(F.pad(h, (0, 1, 0, 1)))                             # one column right, one row below
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, widths, n_res, z, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
+        self.up = levels(widths[::-1], widths[-1], n_res, groups, ['upsample'] * (len(widths) - 1) + [''])
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        for level in self.up:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, 'upsample'):
+                h = level.upsample(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Tokenizer(nn.Module):
+    """VQ autoencoder: images (B, 3, H, W) in [-1, 1] <-> ids (B, N), N = grid * grid, row by row."""
+
+    def __init__(self, image_size, ch, ch_mult, n_res, n_codes, code_dim):
+        super().__init__()
+        self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
+                           code_dim=code_dim)
+        widths = [ch * int(m) for m in ch_mult.split(',')]
+        groups = min(32, ch // 2)
+        self.V, self.grid = n_codes, image_size // 2 ** (len(widths) - 1)
+        self.N = self.grid ** 2
+        self.encoder = Encoder(widths, n_res, widths[-1], groups)
+        self.quant_conv = nn.Conv2d(widths[-1], code_dim, 1)
+        self.codebook = nn.Embedding(n_codes, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, widths[-1], 1)
+        self.decoder = Decoder(widths, n_res, widths[-1], groups)
+
+    def latents(self, images):
+        """Images (B, 3, H, W) -> encoder outputs before quantisation (B, N, code_dim)."""
+        return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
+
+    def nearest(self, z):
+        """z (..., code_dim) -> id of the nearest codebook row (Euclidean), (...)."""
+        e = self.codebook.weight
+        return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)                             # |z|^2 is the same for all rows
+
+    def decode_latents(self, z):
+        """(B, N, code_dim) -> images (B, 3, H, W), not clamped."""
+        z = z.transpose(1, 2).unflatten(2, (self.grid, self.grid))                       # (B, code_dim, grid, grid)
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> ids (B, N)."""
+        return self.nearest(self.latents(images))
+
+    def decode(self, x, text=None):
+        """Ids (B, N), or float probabilities (B, N, V), -> images (B, 3, H, W), nominally in [-1, 1], not clamped.
+        Probabilities decode to the image of the *expected* codebook row, E[e] = p @ codebook, and are differentiable
+        (Soft-Di[M]O, arXiv 2509.22925, Eq. 3 with the decoder's table); a one-hot gives exactly the hard image.
+        `text` is for text-guided decoders and unused here."""
+        soft = x.is_floating_point()
+        if x.shape[1] != self.N or (soft and x.shape[2] != self.V):
+            raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
+                             f'got {tuple(x.shape)}')
+        return self.decode_latents(x @ self.codebook.weight if soft else self.codebook(x))
+
+    def forward(self, images, quantise=True):
+        """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)], and the decoder
+        sees z + stopgrad(q - z), the straight-through estimator of VQ-VAE (arXiv 1711.00937 Eq. 3)."""
+        z = self.latents(images)
+        q = self.codebook(self.nearest(z)) if quantise else z
+        return self.decode_latents(z + (q - z).detach()), z, q
+
+    @classmethod
+    def from_checkpoint(cls, saved):
+        """Rebuild from the dict {'args', 'net'} that `pack_tokenizer` puts into every checkpoint of ours."""
+        tokenizer = cls(**saved['args'])
+        tokenizer.load_state_dict(saved['net'])
+        return tokenizer.eval().requires_grad_(False)
+
+    def pack(self):
+        return {'args': self.config, 'net': self.state_dict()}
+
+
+def spread_out(z, k, rng):
+    """k rows of z (M, d), each drawn with probability proportional to its squared distance from those already drawn
+    (k-means++, Arthur & Vassilvitskii 2007): codes for rare patches too, not just for the background."""
+    chosen = [int(torch.randint(len(z), (1,), generator=rng))]
+    distance = torch.full((len(z),), torch.inf)
+    for _ in range(k - 1):
+        distance = torch.minimum(distance, (z - z[chosen[-1]]).square().sum(1))
+        chosen.append(int(torch.multinomial(distance + 1e-12, 1, generator=rng)))
+    return z[chosen]
+
+
+# -----------------------------------------------------------------------------
+# Helpers of every script: overrides, processes, files (model.py passes them on)
+
+RULE = '# ' + '-' * 77
+
+
+def configure(g, argv=None):
+    """Override the lower-case scalar globals in `g` from the command line and return them all as a dict.
+    Takes --key=value, --key value and, for a bool, a bare --key; dashes equal underscores; --help prints the block.
+    Exits with one line on an unknown key, a wrong type or a stray word."""
+    name = os.path.basename(g.get('__file__', 'script'))
+    keys = [k for k, v in g.items() if type(v) in (bool, int, float, str) and k[0] != '_' and k == k.lower()]
+    convert = {bool: lambda s: {'true': True, '1': True, 'false': False, '0': False}[s.lower()], float: float, str: str,
+               int: lambda s: int(s) if s.lstrip('+-').isdigit() else int(float(s)) if float(s).is_integer() else int(s)}
+    words = list(sys.argv[1:] if argv is None else argv)
+    while words:
+        word = words.pop(0)
+        if word in ('--help', '-h'):
+            source = open(g['__file__'], encoding='utf-8').read()
+            raise SystemExit(f'{g["__doc__"].strip()}\n\nSettings (--name=value):\n{source.split(RULE)[1].strip()}')
+        if not word.startswith('--') or len(word) < 3:
+            raise SystemExit(f'{name}: stray word {word!r}; settings look like --name=value')
+        key, equals, text = word[2:].partition('=')
+        key = key.replace('-', '_')
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+            raise SystemExit(f'{name}: unknown setting --{key}; '
+                             + (f'did you mean --{near[0]}?' if near else 'see --help for the list'))
+        kind = type(g[key])
+        if not equals:
+            if kind is bool and not (words and words[0].lower() in ('true', 'false', '0', '1')):
+                text = 'true'
+            elif words and not words[0].startswith('--'):
+                text = words.pop(0)
+            else:
+                raise SystemExit(f'{name}: --{key} needs a value, as in --{key}={g[key]}')
+        try:
+            g[key] = convert[kind](text)
+        except (ValueError, KeyError, OverflowError):
+            wanted = 'true, false, 1 or 0' if kind is bool else f'a value of type {kind.__name__}'
+            raise SystemExit(f'{name}: --{key} takes {wanted} (default {g[key]!r}), not {text!r}') from None
+    return {k: g[k] for k in keys}
+
+
+def start_processes():
+    """Join the torchrun group, if there is one -> (rank, world, device, autocast). One process per GPU with nccl,
+    gloo on the CPU; bf16 autocast where CUDA supports it, float32 elsewhere, and no float16 path."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    bf16 = cuda and torch.cuda.is_bf16_supported()
+    if rank == 0:
+        reason = 'bf16 autocast' if bf16 else 'float32, the GPU has no bf16' if cuda else 'float32, no CUDA device'
+        print(f'{world} process(es) on {torch.cuda.get_device_name(device) if cuda else "cpu"}: {reason}')
+    return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def is_rank0():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def split_batch(batch_size, micro_batch, world):
+    """Global batch -> (images per forward on one device, accumulation steps). Exits when it does not divide."""
+    micro = micro_batch or max(1, batch_size // world)
+    if batch_size % (micro * world):
+        best = max(1, round(batch_size / (micro * world))) * micro * world
+        raise SystemExit(f'batch_size {batch_size} is not a multiple of {world} process(es) x {micro} per process = '
+                         f'{micro * world}; try --batch_size={best}')
+    return micro, batch_size // (micro * world)
+
+
+def rng_for(seed, step, part=0, device='cpu'):
+    """The seed rule: one generator per (seed, step, part), part being the micro-batch's number over all processes.
+    So a run draws the same numbers on 1 or 8 processes with equal micro-batches, and resuming needs no RNG state."""
+    digest = hashlib.sha256(repr((seed, step, part)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+
+
+def average_gradients(parameters, parts):
+    """Divide accumulated gradients by `parts` and average them over all processes with one all-reduce."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    flat /= parts
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+
+
+def same_weights(*networks):
+    """Give every process rank 0's weights and buffers."""
+    if dist.is_initialized():
+        for tensor in (t for n in networks for t in n.state_dict().values()):
+            dist.broadcast(tensor, 0)
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; twice stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def now(self, step, device):
+        """True once any process was asked; processes agree every 10 steps."""
+        if not dist.is_initialized():
+            return self.asked
+        if step % 10:
+            return False
+        flag = torch.tensor(float(self.asked), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def previous(path):
+    return f'{os.path.splitext(path)[0]}.prev{os.path.splitext(path)[1]}'
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
+    kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(temporary, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise SystemExit(f'cannot write {path}: {error}. Earlier checkpoints are untouched; free some space or '
+                         'permissions, or choose another file with --out=...') from None
+
+
+def load_checkpoint(path, stage='', hint='', fallback=False):
+    """Read a checkpoint of ours onto the CPU without executing code; `stage` is what it must be (words separated by
+    '|'). With `fallback` an unreadable newest file is reported and the previous one used. Exits with one line."""
+    problem = None
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        problem = f'{path}: no such checkpoint'
+    except Exception as error:                                                           # torch raises many kinds here
+        unsafe = type(error).__name__ == 'UnpicklingError' and os.path.getsize(path) > 0
+        problem = (f'{path}: refused, it holds more than tensors and plain containers (nothing in it was executed)'
+                   if unsafe else f'{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:80]})')
+    if problem is None and not (isinstance(state, dict) and isinstance(state.get('stage'), str)):
+        problem = f'{path}: not a checkpoint of this project (no "stage" entry)'
+    if problem is None and stage and state['stage'] not in stage.split('|'):
+        problem = f'{path}: is a {state["stage"]} checkpoint, expected {stage.replace("|", " or ")}'
+    if problem is None:
+        return state
+    if fallback and os.path.exists(previous(path)):
+        print(f'{problem}; using the previous one, {previous(path)}')
+        return load_checkpoint(previous(path), stage, hint)
+    raise SystemExit(f'{problem}. {hint}'.strip())
+
+
+def restore(module, weights, path, name):
+    """Strict loading that says which file and which keys."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise SystemExit(f'{path}: {name} does not fit this network: {" ".join(lines)} Was it made with other sizes? '
+                         'Use the same settings, or another --out.') from None
+
+
+class Log:
+    """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the seed only (times go
+    to the console), so that a resumed run writes the same lines as an uninterrupted one."""
+
+    def __init__(self, checkpoint, step):
+        self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
+        os.makedirs(os.path.dirname(self.path) or '.', exist_ok=True)
+        lines = open(self.path).readlines() if step and os.path.exists(self.path) else []
+        with open(self.path, 'w') as file:                                               # drop what a crash left behind
+            file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
+
+    def write(self, row):
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(row) + '\n')
+
+
+def save_grid(path, images, captions=(), columns=8, scale=3):
+    """Images (n, 3, H, W) in [-1, 1] -> one PNG, `columns` per row, each with its caption below if given."""
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    scale = max(1, scale * 32 // images.shape[-1]) if images.shape[-1] <= 96 else 1
+    width, height = pixels.shape[2] * scale + 4, pixels.shape[1] * scale + 4 + (30 if len(captions) else 0)
+    sheet = Image.new('RGB', (columns * width, -(-len(pixels) // columns) * height), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for k, array in enumerate(pixels):
+        x, y = k % columns * width, k // columns * height
+        sheet.paste(Image.fromarray(array).resize((width - 4, array.shape[0] * scale), Image.Resampling.NEAREST), (x, y))
+        if len(captions):
+            lines, room = [''], width // 6
+            for word in captions[k].split():
+                lines = lines + [word] if len(lines[-1]) + len(word) >= room else lines[:-1] + [f'{lines[-1]} {word}'.strip()]
+            pen.text((x, y + array.shape[0] * scale + 1), '\n'.join(lines[:3]), fill='black', font_size=9, spacing=0)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    sheet.save(path)
+
+
+def timed(call, repeat, device):
+    """Seconds per call of `call`, the device synchronised before and after."""
+    sync = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    sync()
+    start = time.time()
+    for _ in range(repeat):
+        call()
+    sync()
+    return (time.time() - start) / repeat
+
+
+def report_bench(step, images_per_step, device, autocast):
+    """Time 20 calls of `step` after 3 of warm-up and print ms, images/s, share of the matmul peak and peak memory.
+    FLOPs are counted by torch over one step; the peak is a large matmul measured in the same run."""
+    import resource
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        step()
+    timed(step, 3, device)
+    seconds = timed(step, 20, device)
+    n = 8192 if device.type == 'cuda' else 1536
+    with autocast:
+        a = torch.randn(n, n, device=device)
+        a = a.to(torch.bfloat16) if torch.is_autocast_enabled(device.type) else a
+        timed(lambda: a @ a, 3, device)
+        peak = 2 * n ** 3 / timed(lambda: a @ a, 5, device)
+    memory = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    share = counter.get_total_flops() / seconds / peak
+    row = dict(ms_per_step=round(seconds * 1e3, 1), images_per_s=round(images_per_step / seconds, 1),
+               gflop_per_step=round(counter.get_total_flops() / 1e9, 2), peak_gflops=round(peak / 1e9, 1),
+               share_of_peak=round(share, 3), peak_memory_mb=round(memory / 2 ** 20))
+    if is_rank0():
+        print('bench: ' + ', '.join(f'{k} {v}' for k, v in row.items()))
+    return row
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    config = configure(globals())
+    rank, world, device, autocast = start_processes()
+    micro, accumulate = split_batch(batch_size, micro_batch, world)
+    images = Images(data, image_size)
+    torch.manual_seed(seed)
+    net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == 'cuda')
+    usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
+    if resume:
+        state = load_checkpoint(out, 'tokenizer', 'Start without --resume.', fallback=True)
+        restore(net, state['net'], out, 'net')
+        optimizer.load_state_dict(state['optimizer'])
+        usage, step = state['usage'].to(device), state['step']
+    same_weights(net)
+    forward = torch.compile(net) if compile else net
+    parameters = sum(p.numel() for p in net.parameters())
+    if rank == 0:
+        log = Log(out, step) if not bench else None
+        print(f'{parameters / 1e6:.2f} M parameters, {images.length} images, {net.N} tokens of {n_codes} codes, '
+              f'{steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
+    base = HELD_OUT if images.is_world else 0
+    fixed, captions = images.batch(range(base, base + min(32, images.length)))
+
+    def update():
+        """One training step: gradients over the micro-batches, clip, AdamW. -> (mean |error|, vq loss, grad norm)"""
+        quantise = step >= warmup_free
+        for group in optimizer.param_groups:
+            group['lr'] = lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * np.cos(np.pi * step / steps))
+        optimizer.zero_grad(set_to_none=False)
+        for k in range(accumulate):
+            rng = rng_for(seed, step, rank * accumulate + k)
+            limit = HELD_OUT if images.is_world else images.length
+            x = images.batch(torch.randint(limit, (micro,), generator=rng).tolist())[0].to(device)
+            with autocast:
+                y, z, q = forward(x, quantise)
+            vq = F.mse_loss(q, z.detach()) + commitment * F.mse_loss(z, q.detach())      # VQ-VAE Eq. 3
+            (F.l1_loss(y, x) + F.mse_loss(y, x) + vq).backward()
+            usage.add_(torch.bincount(net.nearest(z.detach()).flatten(), minlength=n_codes))
+        average_gradients(net.parameters(), accumulate * world)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        return (y - x).detach().abs().mean(), vq.detach(), norm
+
+    def new_codes(k):
+        """k codebook rows from fresh encoder outputs, the same on every process."""
+        rng = rng_for(seed, step, -1)
+        x = images.batch(torch.randint(images.length, (min(256, images.length),), generator=rng).tolist())[0]
+        with torch.no_grad():
+            return spread_out(net.latents(x.to(device)).float().flatten(0, 1).cpu(), k, rng).to(device)
+
+    if bench:
+        report_bench(update, batch_size, device, autocast)
+        raise SystemExit
+    bar = tqdm(total=steps, initial=step, desc='tokenizer', disable=rank > 0)
+    while True:
+        # Save, show, stop
+        ending = step == steps or stop.now(step, device)
+        if step and (step % save_every == 0 or ending):
+            if rank == 0:
+                save_checkpoint(out, dict(stage='tokenizer', step=step, config=config, args=net.config,
+                                          net=net.state_dict(), optimizer=optimizer.state_dict(), usage=usage))
+        if rank == 0 and (step % save_every == 0 or ending):
+            with torch.no_grad():
+                pairs = torch.stack([fixed, net.eval().decode(net.encode(fixed.to(device))).cpu()], 1).flatten(0, 1)
+            net.train()
+            save_grid(os.path.splitext(out)[0] + '.png', pairs)
+        if ending:
+            break
+        # Set the codebook from data, then revive codes that no patch has chosen lately
+        if step == warmup_free:
+            net.codebook.weight.data = new_codes(n_codes)
+            usage.zero_()
+        elif step > warmup_free and step % 50 == 0 and step < 0.8 * steps:
+            if world > 1:
+                dist.all_reduce(usage)
+            dead = usage < 1
+            if dead.any():
+                net.codebook.weight.data[dead] = new_codes(int(dead.sum()))
+            usage.zero_()
+        # -------------------------------------------------------------------------
+        error, vq, norm = update()
+        step += 1
+        bar.update()
+        if step % log_every == 0 and rank == 0:
+            if not torch.isfinite(norm):
+                raise SystemExit(f'step {step}: the gradient of the tokenizer is not finite; lower --lr. '
+                                 'The last checkpoint is good: --resume continues from it.')
+            row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5), norm=round(norm.item(), 4),
+                       used=int((usage > 0).sum()))
+            bar.set_postfix(row)
+            log.write(row)
+    if rank == 0:
+        bar.close()
+        with torch.no_grad():
+            net.eval()
+            held = images.batch(range(base, base + min(2000, images.length)))[0]
+            ids = torch.cat([net.encode(x.to(device)) for x in held.split(250)])
+            again = torch.cat([net.decode(x).cpu() for x in ids.split(250)])
+        share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
+        perplexity = torch.exp(-(share * (share + 1e-12).log()).sum())
+        print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
+              f'{(share > 0).sum()} of {n_codes}, perplexity {perplexity:.1f} -> {out}')
+    if world > 1:
+        dist.destroy_process_group()
