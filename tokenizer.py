@@ -14,6 +14,7 @@ Expected: reconstruction error below 0.02 (mean absolute, images in [-1, 1]) and
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -32,8 +33,8 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # I/O
 data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
-out = 'out/tokenizer.pt'  # checkpoint; log and pictures go beside it
-resume = False         # continue from `out` to the same bits
+out_dir = 'out'        # tokenizer.pt, its log and its pictures go here
+resume = False         # continue from out_dir/tokenizer.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 20         # steps between log lines
 save_every = 200       # steps between checkpoints and pictures
@@ -359,11 +360,14 @@ def token_data(images, tokenizer, folder, device, batch=256):
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         rows = []
-        for i in tqdm(range(0, images.length, batch), desc='encoding images', disable=not is_rank0(), leave=False):
+        bar = progress(images.length, 'encoding images')
+        for i in range(0, images.length, batch):
             pixels, captions = images.batch(range(i, min(i + batch, images.length)), substitute=False)
             if captions:
                 ids = tokenizer.encode(pixels.to(device)).cpu()
                 rows.append(torch.cat([ids, word_ids(captions, images.words, images.caption_length)], 1).int().numpy())
+            bar.update(min(batch, images.length - i))
+        bar.close()
         if images.bad:
             print(f'{len(images.bad)} of {images.length} files were skipped')
         if not rows:
@@ -732,6 +736,12 @@ def save_grid(path, images, captions=(), columns=8, scale=3):
     sheet.save(path)
 
 
+def progress(total, desc, initial=0):
+    """A progress bar on rank 0 with time left; one line every 20 s where the output is a file."""
+    return tqdm(total=total, initial=initial, desc=desc, disable=not is_rank0(), dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 20, maxinterval=30)
+
+
 def timed(call, repeat, device):
     """Seconds per call of `call`, the device synchronised before and after."""
     sync = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
@@ -775,7 +785,7 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
-    images = Images(data, image_size)
+    images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
     torch.manual_seed(seed)
     net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == 'cuda')
@@ -799,7 +809,7 @@ if __name__ == '__main__':
         """One training step: gradients over the micro-batches, clip, AdamW. -> (mean |error|, vq loss, grad norm)"""
         quantise = step >= warmup_free
         for group in optimizer.param_groups:
-            group['lr'] = lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * np.cos(np.pi * step / steps))
+            group['lr'] = lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         optimizer.zero_grad(set_to_none=False)
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k)
@@ -825,7 +835,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    bar = tqdm(total=steps, initial=step, desc='tokenizer', disable=rank > 0)
+    bar = progress(steps, 'tokenizer', step)
     while True:
         # Save, show, stop
         ending = step == steps or stop.now(step, device)
@@ -837,7 +847,7 @@ if __name__ == '__main__':
             with torch.no_grad():
                 pairs = torch.stack([fixed, net.eval().decode(net.encode(fixed.to(device))).cpu()], 1).flatten(0, 1)
             net.train()
-            save_grid(os.path.splitext(out)[0] + '.png', pairs)
+            save_grid(f'{out_dir}/tokenizer.png', pairs)
         if ending:
             break
         # Set the codebook from data, then revive codes that no patch has chosen lately
@@ -861,7 +871,7 @@ if __name__ == '__main__':
                                  'The last checkpoint is good: --resume continues from it.')
             row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5), norm=round(norm.item(), 4),
                        used=int((usage > 0).sum()))
-            bar.set_postfix(row)
+            bar.set_postfix(row, refresh=False)
             log.write(row)
     if rank == 0:
         bar.close()

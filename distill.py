@@ -1,0 +1,264 @@
+"""
+Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many steps into a generator of one.
+
+Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its losses,
+FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates and one
+auxiliary pass serves both losses, 8 forward-equivalents per step instead of 10 (--reuse=false restores the released order).
+No real data enters: the loop sees captions, the teacher, and its own samples.
+
+$ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
+$ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
+$ python distill.py --steps=20 --n_eval=200             # smoke test, seconds once the teacher is there
+$ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
+Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
+"""
+import json
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, average_gradients, configure, dimo_grad, ema_update,
+                   guided_logits, jeffreys, load_checkpoint, mask_ratio, mask_tokens, one_step, progress,
+                   random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
+                   save_checkpoint, save_grid, show_table, split_batch, start_processes, surrogate, token_entropy, word_ids)
+
+# -----------------------------------------------------------------------------
+# I/O
+data = 'shapes'        # 'shapes', 'shapes-open' or a folder; only used to train a missing teacher and to measure
+out_dir = 'out'        # tokenizer.pt and model.pt are found (or made) here; distill.pt, log and pictures go here
+teacher_ckpt = ''      # another teacher than out_dir/model.pt
+resume = False         # continue from out_dir/distill.pt to the same bits
+seed = 0               # every random number of the run follows from it
+log_every = 25         # steps between log lines
+save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+n_eval = 2000          # images behind each row of the final table
+# Di[M]O
+steps = 1000           # generator updates
+batch_size = 32        # images per update, all processes together; paper 64
+micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+generator_lr = 1e-4    # paper 1e-5 (174 M parameters, 10^4 steps and more)
+aux_lr = 5e-4          # the auxiliary model must follow the generator; paper 1e-5
+beta1 = 0.9            # Adam
+beta2 = 0.99           # Adam; paper .999
+warmup = 50            # steps of linear warm-up; paper 100
+clip = 1.0             # largest gradient norm, each network; paper 1
+r_init = 0.6           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
+sigma_init = 0.3       # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
+beta = 0.0             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
+cfg_scale = 2.0        # teacher guidance u + s (c - u); paper 2 (MaskGIT)
+tau = 1.0              # temperature of the one-step sample
+schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
+label_smoothing = 0.0  # in the auxiliary loss; released code .1
+ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
+freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
+reuse = True           # one generator pass for both updates; False: the released order, a fresh pass for the auxiliary
+# the teacher in the final table: the best of a sweep (sample.py --sweep)
+teacher_steps = 16     # most steps of the table; it also shows 1 and 4
+teacher_cfg = 2.0      # guidance at the last step, rising from 1
+teacher_gumbel = 2.0   # Gumbel temperature of the confidence, falling to 0
+# system
+compile = False        # torch.compile the three networks
+bench = False          # time 20 steps and stop
+# -----------------------------------------------------------------------------
+# This stage's losses (the equations are in model.py)
+
+def remask(tokens, mask_id, schedule, rng):
+    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule."""
+    t = mask_ratio(random_numbers((len(tokens),), rng, tokens.device), schedule)
+    mask = mask_tokens(tokens, t, rng)
+    return tokens.masked_fill(mask, mask_id), mask
+
+
+def aux_loss(aux_logits, tokens, mask, label_smoothing):
+    """The auxiliary model learns to be the generator's own masked diffusion model: cross-entropy of its logits
+    (B, N, V) on the generated tokens (B, N), at masked positions."""
+    return F.cross_entropy(aux_logits[mask].float(), tokens[mask], label_smoothing=label_smoothing)
+
+
+def train_missing(data, out_dir, seed):
+    """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
+    for script, minutes in (('tokenizer', 2), ('model', 6)):
+        path = os.path.join(out_dir, f'{script}.pt')
+        state = load_checkpoint(path, script, fallback=True) if os.path.exists(path) else None
+        if state is None or state['step'] < state['config']['steps']:
+            print(f'{path} is {"unfinished" if state else "missing"}: running {script}.py first, expected '
+                  f'{minutes} minutes on 2 CPU cores', flush=True)
+            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py'),
+                       f'--data={data}', f'--out_dir={out_dir}', f'--seed={seed}'] + ['--resume'] * bool(state)
+            single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+            if subprocess.run(command, env=single).returncode or not os.path.exists(path):
+                raise SystemExit(f'{script}.py did not finish (see above); run it by hand, then distill.py again')
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    config = configure(globals())
+    rank, world, device, autocast = start_processes()
+    micro, accumulate = split_batch(batch_size, micro_batch, world)
+    out = os.path.join(out_dir, 'distill.pt')
+    if rank == 0 and not teacher_ckpt:
+        train_missing(data, out_dir, seed)
+    if world > 1:
+        dist.barrier()
+    teacher_path = teacher_ckpt or os.path.join(out_dir, 'model.pt')
+    packed = load_checkpoint(teacher_path, 'model', 'Train it with: python model.py', fallback=True)
+    if not teacher_ckpt and packed['data'] != data:
+        raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
+                         f'of its own: --data={data} --out_dir=out/{os.path.basename(data.rstrip("/"))}')
+    tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
+    words, prompts = packed['words'], packed['prompts'].long()                # prompts (M, T), the training captions
+
+    # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), all started from the teacher
+    teacher, generator, generator_ema, aux = (MDM(**packed['args']).to(device) for _ in range(4))
+    for network in (teacher, generator, generator_ema, aux):
+        restore(network, packed['ema'], teacher_path, 'ema')
+    teacher.eval().requires_grad_(False)
+    generator_ema.eval().requires_grad_(False)
+    for network in (generator, aux):
+        for table in network.embedding_parameters() if freeze_tables else []:
+            table.requires_grad_(False)
+    trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
+    optimizers = [torch.optim.Adam(ps, lr=lr, betas=(beta1, beta2), fused=device.type == 'cuda')
+                  for ps, lr in zip(trained, (generator_lr, aux_lr))]
+    names, step, stop, smooth = ('generator', 'aux'), 0, Stop(), {}
+    if resume:
+        state = load_checkpoint(out, 'distill', 'Start without --resume.', fallback=True)
+        for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux)):
+            restore(network, state[name], out, name)
+        for optimizer, saved in zip(optimizers, state['optimizers']):
+            optimizer.load_state_dict(saved)
+        step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
+    same_weights(generator, generator_ema, aux)
+    if compile:
+        for network in (teacher, generator, aux):
+            network.compile()
+
+    # The printed plan
+    log = Log(out, step) if rank == 0 and not bench else None
+    source = Images(packed['data'], tokenizer.config['image_size'])
+    reference = Reference(source)
+    shown, _ = reference.prompts(32)
+    if rank == 0:
+        print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
+              f'{batch_size} = {world} x {accumulate} x {micro}, 8 forward-equivalents each' + ' (10)' * (not reuse))
+
+    def draw_batch(rng):
+        """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
+        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng)].to(device)
+        with autocast:
+            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
+
+    def update():
+        """One Di[M]O step (Alg. 1): generator and auxiliary update -> the numbers for the log."""
+        for optimizer, ps, lr in zip(optimizers, trained, (generator_lr, aux_lr)):
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.param_groups[0]['lr'] = lr * min(1, (step + 1) / warmup)
+        # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits
+        for k in range(accumulate):
+            rng = rng_for(seed, step, rank * accumulate + k)
+            cond, logits, tokens = draw_batch(rng)
+            x_t, mask = remask(tokens, generator.mask_id, schedule, rng)
+            with torch.no_grad(), autocast:
+                teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
+            with torch.set_grad_enabled(reuse), autocast:
+                aux_logits = aux(x_t, cond)
+            grad = dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
+            surrogate(logits, grad).backward()
+            # Auxiliary: the same pass at x_t, now with its own loss
+            if reuse:
+                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
+                psi_loss.backward()
+        if not reuse:
+            norm = finish(0)
+            for k in range(accumulate):
+                rng = rng_for(seed, step, ('fresh', rank * accumulate + k))
+                with torch.no_grad():
+                    cond, _, tokens = draw_batch(rng)
+                x_t, mask2 = remask(tokens, generator.mask_id, schedule, rng)
+                with autocast:
+                    psi_loss = aux_loss(aux(x_t, cond), tokens, mask2, label_smoothing)
+                psi_loss.backward()
+        norms = [finish(0) if reuse else norm, finish(1)]
+        ema_update(generator_ema, generator, ema_decay, step)
+        divergence = (jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
+                      if (step + 1) % log_every == 0 else None)
+        return dict(divergence=divergence, aux_loss=psi_loss.detach(), grad_logits=grad.norm() / micro,
+                    norm_generator=norms[0], norm_aux=norms[1]), logits.detach()
+
+    def finish(k):
+        """Average over processes, clip, step: network k -> its gradient norm."""
+        average_gradients(trained[k], accumulate * world)
+        norm = nn.utils.clip_grad_norm_(trained[k], clip)
+        optimizers[k].step()
+        return norm
+
+    if bench:
+        report_bench(update, batch_size, device, autocast)
+        raise SystemExit
+    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng)[1]
+    many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
+    conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
+    teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
+    bar = progress(steps, 'distill', step)
+    while True:
+        # Save, show, measure, stop
+        ending = step >= steps or stop.now(step, device)
+        if rank == 0 and (step % save_every == 0 or ending):
+            if step:
+                save_checkpoint(out, dict(stage='distill', step=step, config=config, args=generator.config, words=words,
+                                          data=packed['data'], prompts=packed['prompts'], tokenizer=tokenizer.pack(),
+                                          net=generator.state_dict(), ema=generator_ema.state_dict(), aux=aux.state_dict(),
+                                          optimizers=[o.state_dict() for o in optimizers], smooth=smooth))
+            grid, _ = render(student, tokenizer, conditions(shown[:16]), seed)
+            save_grid(f'{out_dir}/distill-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
+            captions, _ = reference.prompts(min(500, n_eval))
+            row = reference.measure(render(student, tokenizer, conditions(captions), seed)[0], captions)
+            bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
+                      f'({row["n"]} images), grid in {out_dir}/distill-{step:06d}.png')
+        if ending:
+            break
+        # -------------------------------------------------------------------------
+        numbers, logits = update()
+        for key in ('aux_loss', 'grad_logits'):
+            smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
+        step += 1
+        bar.update()
+        if step % log_every == 0 and rank == 0:
+            for name, norm in (('generator', numbers['norm_generator']), ('aux', numbers['norm_aux'])):
+                if not torch.isfinite(norm):
+                    raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
+                                     'The last checkpoint is good: --resume continues from it.')
+            entropy, top = token_entropy(logits)
+            row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top}.items()}
+            row = dict(step=step, **row)
+            bar.set_postfix({k: row[k] for k in ('divergence', 'aux_loss', 'entropy')}, refresh=False)
+            log.write(row)
+    bar.close()
+
+    # The table
+    if rank == 0 and step >= steps:
+        captions, real = reference.prompts(n_eval)
+        cond, entries = conditions(captions), []
+        reconstruct = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
+        entries.append(dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions)))
+        entries.append(dict(name='tokenizer reconstruction', passes=0, ms=0.0, **reference.measure(reconstruct, captions)))
+        pictures = [real[:16]]
+        rows = [(f'teacher, {n} steps', n, many_steps(n)) for n in sorted({1, min(4, teacher_steps), teacher_steps})]
+        for name, n, sample in rows + [('student, 1 step', 1, student)]:
+            drawn, ms = render(sample, tokenizer, cond, seed)
+            passes = 2 * n if n > 1 and teacher_cfg != 1 else 1
+            entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **reference.measure(drawn, captions)))
+            pictures.append(drawn[:16])
+        show_table(entries)
+        save_grid(f'{out_dir}/distill.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
+        with open(f'{out_dir}/distill.json', 'w') as file:
+            json.dump(dict(config=config, rows=entries), file, indent=1)
+        print(f'table: {out_dir}/distill.json, picture: {out_dir}/distill.png, samples: python sample.py --ckpt {out}')
+    if world > 1:
+        dist.destroy_process_group()

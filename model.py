@@ -1,0 +1,515 @@
+"""
+Tokens: the masked diffusion transformer, and every equation that the stages share.
+
+    image -> ids (B, N) -> logits (B, N, V) -> soft embedding (B, L, D) -> loss
+
+In order: the transformer with its soft-embedding input; masking, token initialisation, guidance; the multi-step
+teacher sampler and the one-step generator; the Di[M]O divergence; the metrics; and, run as a script, the training of
+the small teacher. Simplified against MaskGIT: no dropout, exact mask counts, loss on masked tokens only.
+
+$ python model.py                               # shapes world, about 5 minutes on 2 CPU cores -> out/model.pt
+$ python model.py --data=my_images              # your folder, with the tokenizer trained on it
+$ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
+Expected (shapes world): masked cross-entropy near 1 nat, and shapes that a person can name in out/model.png.
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, check, configure, draw,
+                       factors, is_rank0, load_checkpoint, parse_caption, progress, report_bench, restore, rng_for,
+                       same_weights, save_checkpoint, save_grid, split_batch, start_processes, timed, token_data,
+                       word_ids)
+
+# -----------------------------------------------------------------------------
+# I/O
+data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
+out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and the token cache go here
+resume = False         # continue from out_dir/model.pt to the same bits
+seed = 0               # every random number of the run follows from it
+log_every = 50         # steps between log lines
+save_every = 500       # steps between checkpoints and pictures
+# network
+D = 96                 # width; MaskGIT 768
+depth = 4              # blocks; MaskGIT 24
+n_head = 4             # attention heads; MaskGIT 16
+# training
+steps = 2500           # updates
+batch_size = 64        # images per update, all processes together; MaskGIT 256
+micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+lr = 2e-3              # AdamW, falls to zero along a cosine; MaskGIT 1e-4
+weight_decay = 0.01    # on matrices
+schedule = 'arccos'    # law of the mask ratio: arccos or cosine
+p_drop = 0.1           # share of captions replaced by the null condition, for guidance
+ema_decay = 0.998      # averaged weights, which are the teacher
+# system
+compile = False        # torch.compile the network
+bench = False          # time 20 steps and stop
+# -----------------------------------------------------------------------------
+# The transformer
+
+class Block(nn.Module):
+    """Attention and MLP with residuals, norms before (MaskGIT) or after (MaskBit): (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, D, n_head, mlp, post_norm, eps):
+        super().__init__()
+        self.n_head, self.post_norm = n_head, post_norm
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, mlp), nn.GELU(), nn.Linear(mlp, D))
+
+    def attention(self, x):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, L, D / H)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D))
+
+    def forward(self, x):
+        if self.post_norm:
+            x = self.norm1(x + self.attention(x))
+            return self.norm2(x + self.mlp(x))
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MDM(nn.Module):
+    """Masked diffusion transformer over N tokens of V codes, conditioned on T appended words (a class is one word).
+
+    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position.
+    `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word", and a row of only that is
+    the null condition. The mask id is V.
+    """
+
+    def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5):
+        super().__init__()
+        self.config = dict(N=N, V=V, D=D, depth=depth, n_head=n_head, n_words=n_words, T=T, mlp=mlp or 4 * D,
+                           post_norm=post_norm, eps=eps)
+        if D % n_head:
+            raise ValueError(f'width D = {D} is not a multiple of n_head = {n_head}')
+        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N, V, D, V, n_words
+        self.tok_emb = nn.Embedding(V + 1, D)                                # codes, then the mask
+        self.cond_emb = nn.Embedding(n_words + 1, D)                         # words, then "no word"
+        self.pos_emb = nn.Parameter(torch.zeros(1, N + T, D))
+        norm = lambda: nn.LayerNorm(D, eps=1e-12)
+        self.first = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D))
+        self.blocks = nn.ModuleList([Block(D, n_head, mlp or 4 * D, post_norm, eps) for _ in range(depth)])
+        self.last = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm())
+        self.bias = nn.Parameter(torch.zeros(N, V))
+        for name, p in self.named_parameters():
+            if p.dim() > 1 and name != 'bias':
+                nn.init.trunc_normal_(p, std=0.02)
+
+    def embed(self, x, mask=None):
+        """Ids (B, N), mask id allowed, or float probabilities (B, N, V) -> token embeddings (B, L, D), before positions.
+        Positions where mask (B, N) is True get the mask embedding. Probabilities give the soft embedding
+        E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3); a one-hot gives exactly the hard one."""
+        table = self.tok_emb.weight
+        if x.is_floating_point():
+            if x.shape[1:] != (self.N, self.V):
+                raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
+            emb = x @ table[:self.V].to(x.dtype)                             # (B, N, D)
+        else:
+            emb = F.embedding(x, table)                                      # (B, N, D)
+        return emb if mask is None else torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+
+    def features(self, emb, cond, layers):
+        """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
+        from 1. For the discriminator heads and the output."""
+        words = self.cond_emb(cond.view(len(cond), -1))                      # (B, T, D)
+        h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)  # (B, L + T, D)
+        states = []
+        for k, block in enumerate(self.blocks[:max(layers)], 1):
+            h = block(h)
+            if k in layers:
+                states.append(h[:, :self.L])
+        return states
+
+    def forward(self, x, cond, sigma=0.0, rng=None):
+        """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without a mask entry.
+        `sigma` mixes noise into the token embeddings: sqrt(1 - sigma^2) e + sigma n (Di[M]O, arXiv 2503.15457)."""
+        emb = x if self.is_embedding(x) else self.embed(x)
+        if sigma > 0:
+            n = random_numbers(emb.shape, rng, emb.device, normal=True)
+            emb = math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
+        h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
+        return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias         # the tied row V, the mask, is dropped
+
+    def is_embedding(self, x):
+        """Told from probabilities by the last axis; where V = D by what only probabilities do, sum to one."""
+        if not x.is_floating_point() or x.shape[-1] != self.D:
+            return False
+        return self.V != self.D or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
+
+    def null(self, cond):
+        """The unconditional condition of the same batch."""
+        return torch.full_like(cond, self.n_words)
+
+    def embedding_parameters(self):
+        """The tables that Di[M]O keeps frozen (they are the output tables too)."""
+        return [self.tok_emb.weight, self.cond_emb.weight]
+
+
+# -----------------------------------------------------------------------------
+# Random numbers, masking, token initialisation
+
+def random_numbers(shape, rng, device, normal=False):
+    """Uniform [0, 1) or normal numbers (B, ...). `rng` is None, one torch.Generator, or a list with one per image, which
+    makes an image independent of the batch it is drawn in."""
+    draw = torch.randn if normal else torch.rand
+    if isinstance(rng, list):
+        return torch.stack([draw(shape[1:], generator=g, device=g.device) for g in rng]).to(device)
+    return draw(shape, generator=rng, device=device if rng is None else rng.device).to(device)
+
+
+def categorical(probs, rng=None):
+    """One draw per position from probs (B, N, V) by inverting the cumulative sum -> ids (B, N)."""
+    total = probs.float().cumsum(-1)
+    u = random_numbers(probs.shape[:2], rng, probs.device) * total[..., -1]
+    return (total <= u[..., None]).sum(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def mask_ratio(u, schedule='arccos'):
+    """u uniform in [0, 1] -> mask ratio t in [0, 1]: arccos(u) / (pi / 2) (MaskGIT) or cos(pi u / 2) (Meissonic)."""
+    if schedule == 'arccos':
+        return torch.arccos(u) / (math.pi / 2)
+    if schedule == 'cosine':
+        return torch.cos(math.pi / 2 * u)
+    raise ValueError(f'unknown schedule {schedule!r}; expected arccos or cosine')
+
+
+def random_positions(shape, count, rng, device):
+    """bool (B, N) with exactly count (B, 1) True per row, at random positions."""
+    order = random_numbers(shape, rng, device).argsort(1).argsort(1)         # a random permutation, (B, N)
+    return order < count
+
+
+def mask_tokens(tokens, ratio, rng=None):
+    """Which of the tokens (B, N) to mask at ratio t (B,): bool (B, N), exactly max(1, round(t N)) True in each row.
+    x_t = tokens.masked_fill(mask, mask_id)."""
+    N = tokens.shape[1]
+    count = (torch.as_tensor(ratio, device=tokens.device) * N).round().clamp(1, N).expand(len(tokens))
+    return random_positions(tokens.shape[:2], count[:, None], rng, tokens.device)
+
+
+def init_tokens(B, N, V, r_init, rng=None, device='cpu'):
+    """Generator input x_init (B, N): uniformly random codes, exactly round(r_init N) random positions replaced by
+    the mask id V (Di[M]O, arXiv 2503.15457, token initialisation)."""
+    codes = (random_numbers((B, N), rng, device) * V).long().clamp(max=V - 1)
+    return codes.masked_fill(random_positions((B, N), round(r_init * N), rng, device), V)
+
+
+# -----------------------------------------------------------------------------
+# Guidance and the samplers
+
+def both(cond, null):
+    """Two conditions, tensors or tuples of tensors, as one batch."""
+    return tuple(map(both, cond, null)) if isinstance(cond, tuple) else torch.cat([cond, null])
+
+
+def guided_logits(model, x, cond, cfg_scale):
+    """u + s (c - u), both halves in one batch: x (B, N) -> logits (B, N, V). s = 1 needs no second half."""
+    if cfg_scale == 1:
+        return model(x, cond)
+    c, u = model(torch.cat([x, x]), both(cond, model.null(cond))).chunk(2)
+    return torch.lerp(u, c, cfg_scale)
+
+
+def reveal_counts(steps, N):
+    """MaskGIT's arccos schedule: how many tokens each of the sampling steps reveals, at least 1, N in all."""
+    if not 1 <= steps <= N:
+        raise ValueError(f'steps must lie in 1..{N} (the number of tokens), got {steps}')
+    v = torch.arccos(1 - torch.arange(steps) / max(1, steps - 1)) / (math.pi / 2) if steps > 1 else torch.ones(1)
+    counts = (v / v.sum() * N).round().clamp(min=1).long().tolist()
+    counts[-1] += N - sum(counts)
+    return counts
+
+
+def filter_probs(probs, top_k=0, top_p=0.0):
+    """Keep the top_k likeliest codes (0: all) and the smallest set of total probability >= top_p (0: all)."""
+    if top_k:
+        probs = probs * (probs >= probs.topk(min(top_k, probs.shape[-1])).values[..., -1:])
+    if top_p:
+        ordered, index = probs.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        probs = probs * torch.zeros_like(probs).scatter(-1, index, (before < top_p * ordered.sum(-1, keepdim=True)).float())
+    return probs
+
+
+@torch.no_grad()
+def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0):
+    """MaskGIT's confidence sampler -> tokens (B, N). At step j of n, with ramp = j / (n - 1): guidance 1 + (s - 1) ramp;
+    one draw per position from softmax(logits / tau); confidence log p + gumbel (1 - ramp) g; the most confident are
+    revealed and stay. Published MaskGIT: 8 steps, cfg_scale 4, gumbel 4.5. Costs steps passes of 2 B images."""
+    x = torch.full((len(cond[0] if isinstance(cond, tuple) else cond), model.N), model.mask_id)
+    x = x.to(next(model.parameters()).device)
+    for j, count in enumerate(reveal_counts(steps, model.N)):
+        ramp = j / max(1, steps - 1)
+        logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * ramp).float() / tau
+        probs = filter_probs(logits.softmax(-1), top_k, top_p)
+        tokens = categorical(probs, rng)
+        noise = -torch.log(-torch.log(random_numbers(x.shape, rng, x.device).clamp(1e-9, 1 - 1e-7)))
+        confidence = probs.gather(-1, tokens[..., None])[..., 0].log() + gumbel * (1 - ramp) * noise
+        confidence[x != model.mask_id] = -torch.inf
+        chosen = confidence.topk(count).indices
+        x.scatter_(1, chosen, tokens.gather(1, chosen))
+    return x
+
+
+def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
+    """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
+    Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, Alg. 1)."""
+    B = len(cond[0] if isinstance(cond, tuple) else cond)
+    device = next(generator.parameters()).device
+    x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
+    logits = generator(x_init, cond, sigma, rng)
+    with torch.no_grad():
+        tokens = categorical(filter_probs((logits.detach().float() / tau).softmax(-1), top_k, top_p), rng)
+    return logits, tokens
+
+
+# -----------------------------------------------------------------------------
+# The Di[M]O divergence
+
+def log_probs(logits):
+    """log softmax over V in float32, or in float64 if that is what comes in."""
+    return logits.double().log_softmax(-1) if logits.dtype == torch.float64 else logits.float().log_softmax(-1)
+
+
+def jeffreys(teacher_logits, aux_logits, mask, beta):
+    """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher), summed over masked
+    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457, Eq. 8)."""
+    log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
+    forward = (log_p.exp() * (log_p - log_q)).sum(-1)                        # KL(teacher || aux), (B, N)
+    reverse = (log_q.exp() * (log_q - log_p)).sum(-1)                        # KL(aux || teacher)
+    return (((1 - beta) * forward + beta * reverse) * mask).sum(-1)
+
+
+def dimo_grad(teacher_logits, aux_logits, mask, beta):
+    """Gradient of `jeffreys` with respect to the auxiliary logits, in closed form: (B, N, V), zero where not masked.
+    Forward part p_aux - p_teacher; reverse part p_aux (log p_aux - log p_teacher - KL(aux || teacher))."""
+    log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
+    q, gap = log_q.exp(), log_q - log_p
+    reverse = q * (gap - (q * gap).sum(-1, keepdim=True))
+    return ((1 - beta) * (q - log_p.exp()) + beta * reverse) * mask[..., None]
+
+
+def surrogate(logits, grad):
+    """A loss whose gradient at the generator's logits z is `grad` / B; its *value* means nothing (log `jeffreys`).
+    Summed over positions and codes, as in the released code."""
+    return (logits.float() * grad.detach()).sum() / len(logits)
+
+
+def token_entropy(logits):
+    """Mean entropy in nats and mean largest probability of softmax(logits): how peaked the generator is."""
+    log_p = log_probs(logits.detach())
+    return -(log_p.exp() * log_p).sum(-1).mean(), log_p.max(-1).values.exp().mean()
+
+
+def ema_update(average, network, decay, step):
+    """average <- d average + (1 - d) network, with d = min(decay, (1 + step) / (10 + step))."""
+    d = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - d)
+
+
+# -----------------------------------------------------------------------------
+# Metrics (a toy feature space: never comparable with Inception's FID)
+
+def toy_features(images):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 64) float64: two random convolutions, ReLU, 4x4 average pooling, a random
+    projection. Fixed by NumPy's frozen generator; it reacts to colour, place, size, shape and background."""
+    draw_weights = np.random.RandomState(0).standard_normal
+    w = lambda gain, *shape: torch.from_numpy(draw_weights(shape)).float() * gain / math.prod(shape[1:]) ** 0.5
+    w1, b1, w2, b2, project = w(1.4, 32, 3, 5, 5), w(0.3, 32), w(1.4, 64, 32, 3, 3), w(0.3, 64), w(10, 64, 64 * 16)
+    rows = []
+    for x in images.float().cpu().clamp(-1, 1).split(500):
+        x = x if x.shape[-1] == 32 else F.interpolate(x, size=(32, 32), mode='area')
+        h = F.relu(F.conv2d(x, w1, b1, stride=2, padding=2))                 # (B, 32, 16, 16)
+        h = F.relu(F.conv2d(h, w2, b2, stride=2, padding=1))                 # (B, 64, 8, 8)
+        rows.append(F.adaptive_avg_pool2d(h, 4).flatten(1) @ project.T)
+    return torch.cat(rows).double()
+
+
+def frechet_distance(x, y):
+    """Frechet distance of two Gaussians fitted to features x (M, d), y (N, d), float64 (Heusel et al. 2017):
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from the symmetric S1^(1/2) S2 S1^(1/2)."""
+    x, y = x.double(), y.double()
+    s1, s2 = (torch.cov(z.T).reshape(z.shape[1], -1) for z in (x, y))
+    values, vectors = torch.linalg.eigh(s1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+
+
+def precision_recall(real, fake, k=3):
+    """Share of fakes inside some ball around a real point, whose radius is the distance to its k-th other neighbour,
+    and the roles swapped (Kynkaanniemi et al. 2019): features (M, d), (N, d) -> two floats."""
+    def covered(centres, points):
+        radius = torch.cat([torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)])
+        return float(torch.cat([(torch.cdist(p, centres) < radius).any(1) for p in points.split(1000)]).double().mean())
+    return covered(real, fake), covered(fake, real)
+
+
+class Reference:
+    """What the metrics compare with: held-out renders of the shapes world, or every second image of the folder."""
+
+    def __init__(self, source, n=5000):
+        self.source = source
+        if source.is_world:
+            index, self.rest = np.arange(HELD_OUT, HELD_OUT + n), np.arange(HELD_OUT + n, HELD_OUT + 20 * n)
+            self.name = f'{n} held-out renders'
+        else:
+            order = np.random.RandomState(0).permutation(source.length)
+            index, self.rest = order[::2][:n], order[1::2] if source.length > 1 else order
+            self.name = f'{len(index)} images of {source.data}'
+        images, self.captions = source.batch(index)
+        self.features = toy_features(images)
+
+    def prompts(self, n):
+        """n captions with their real images (n, 3, H, W), none of them in the reference."""
+        images, captions = self.source.batch(np.resize(self.rest, n))
+        return captions, images
+
+    def measure(self, images, captions):
+        """Images (n, 3, H, W) drawn for the captions -> dict: toy_fd, precision, recall, accuracy (the checker's
+        verdict; for a folder a 5-nearest-neighbour vote of the reference), and per task and factor where known."""
+        x = toy_features(images)
+        precision, recall = precision_recall(self.features, x)
+        row = dict(toy_fd=frechet_distance(x, self.features), precision=precision, recall=recall)
+        if self.source.is_world:
+            right, tasks = check(images, captions), np.array([parse_caption(c)[0] for c in captions])
+            row['tasks'] = {t: float(right[tasks == t].mean()) for t in TASKS if (tasks == t).any()}
+            row['tv'] = factors(images, captions, self.source.data)
+        else:
+            label = torch.tensor([self.source.words.index(c) for c in self.captions])
+            votes = label[torch.cdist(x, self.features).topk(min(5, len(label)), largest=False).indices].mode(1).values
+            right = np.array([self.source.words[v] == c for v, c in zip(votes.tolist(), captions)])
+        return dict(row, accuracy=float(right.mean()), n=len(captions), reference=self.name)
+
+
+def show_table(entries):
+    """Print rows of measurements, each with its sample count and reference."""
+    factor = list(entries[0].get('tv', {}))
+    print(f'\n{"":26s}passes  ms/image  toy FD  precision  recall  followed' + ''.join(f'{f"TV {x}":>15s}' for x in factor))
+    for e in entries:
+        print(f'{e["name"]:26s}{e["passes"]:6d}{e["ms"]:10.2f}{e["toy_fd"]:8.2f}{e["precision"]:11.3f}{e["recall"]:8.3f}'
+              f'{e["accuracy"]:10.3f}' + ''.join(f'{e["tv"][x]:15.3f}' for x in factor))
+    print(f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against {entries[0]["reference"]}; '
+          'TV: total-variation distance of what the captions leave open from its known law')
+
+
+def image_rngs(seed, index):
+    """One random generator per image: the same image whatever the batch."""
+    return [rng_for(seed, int(i), 'image') for i in index]
+
+
+@torch.no_grad()
+def render(sample, tokenizer, cond, seed, batch=250):
+    """Images (n, 3, H, W) on the CPU and milliseconds per image, from sample(cond, rng) -> tokens, in batches."""
+    device = next(tokenizer.parameters()).device
+    images = []
+    def run():
+        for k in range(0, len(cond), batch):
+            part = cond[k:k + batch].to(device)
+            images.append(tokenizer.decode(sample(part, image_rngs(seed, range(k, k + len(part))))).float().cpu())
+    milliseconds = timed(run, 1, device) * 1000 / len(cond)
+    return torch.cat(images), milliseconds
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    config = configure(globals())
+    rank, world, device, autocast = start_processes()
+    micro, accumulate = split_batch(batch_size, micro_batch, world)
+    out, tokenizer_path = os.path.join(out_dir, 'model.pt'), os.path.join(out_dir, 'tokenizer.pt')
+    packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
+    tokenizer = Tokenizer.from_checkpoint(packed).to(device)
+    images = Images(data, tokenizer.config['image_size'])
+    if packed['config']['data'] != data and rank == 0:
+        print(f'note: {tokenizer_path} was trained on {packed["config"]["data"]}, not on {data}')
+    dataset = token_data(images, tokenizer, out_dir, device)    # (M, N + T) int32
+    N, words, T = tokenizer.N, list(images.words), images.caption_length
+
+    torch.manual_seed(seed)
+    net = MDM(N, tokenizer.V, D, depth, n_head, len(words), T).to(device)
+    same_weights(net)
+    average = MDM(**net.config).to(device).requires_grad_(False)
+    average.load_state_dict(net.state_dict())
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    vectors = [p for p in net.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0)],
+                                  lr=lr, betas=(0.9, 0.98), fused=device.type == 'cuda')
+    step, stop = 0, Stop()
+    if resume:
+        state = load_checkpoint(out, 'model', 'Start without --resume.', fallback=True)
+        restore(net, state['net'], out, 'net')
+        restore(average, state['ema'], out, 'ema')
+        optimizer.load_state_dict(state['optimizer'])
+        step = state['step']
+    forward = torch.compile(net) if compile else net
+    if rank == 0:
+        log = Log(out, step) if not bench else None
+        print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images, {N} tokens and '
+              f'{T} words, {steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
+    prompts = [images.batch(range(k, k + 1))[1][0] for k in np.linspace(0, images.length - 1, 32).astype(int)]
+
+    def update():
+        """One training step -> masked cross-entropy, gradient norm."""
+        for group in optimizer.param_groups:
+            group['lr'] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / steps)))
+        optimizer.zero_grad(set_to_none=False)
+        for k in range(accumulate):
+            rng = rng_for(seed, step, rank * accumulate + k)
+            rows = torch.from_numpy(dataset[torch.randint(len(dataset), (micro,), generator=rng).sort().values.numpy()])
+            tokens, cond = rows.long().to(device).split([N, T], 1)
+            cond = torch.where(random_numbers((micro, 1), rng, device) < p_drop, net.null(cond), cond)
+            mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
+            with autocast:
+                logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
+            loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only (MaskGIT Eq. 1)
+            loss.backward()
+        average_gradients(net.parameters(), accumulate * world)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach(), norm
+
+    if bench:
+        report_bench(update, batch_size, device, autocast)
+        raise SystemExit
+    smooth = torch.zeros((), device=device) if not resume else state['smooth'].to(device)
+    bar = progress(steps, 'teacher', step)
+    while True:
+        # Save, show, stop
+        ending = step >= steps or stop.now(step, device)
+        if rank == 0 and step and (step % save_every == 0 or ending):
+            save_checkpoint(out, dict(stage='model', step=step, config=config, args=net.config, words=words, data=data,
+                                      net=net.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
+                                      smooth=smooth, tokenizer=tokenizer.pack(),
+                                      prompts=torch.from_numpy(dataset[:, N:]).short()))
+        if rank == 0 and (step % save_every == 0 or ending):
+            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), rng=rng)
+            shown, _ = render(sample, tokenizer, word_ids(prompts, words, T), seed)
+            save_grid(f'{out_dir}/model.png', shown, prompts)
+        if ending:
+            break
+        # -------------------------------------------------------------------------
+        loss, norm = update()
+        ema_update(average, net, ema_decay, step)
+        smooth = loss if step == 0 else torch.lerp(smooth, loss, 0.02)
+        step += 1
+        bar.update()
+        if step % log_every == 0 and rank == 0:
+            if not torch.isfinite(norm):
+                raise SystemExit(f'step {step}: the gradient of the teacher is not finite; lower --lr. '
+                                 'The last checkpoint is good: --resume continues from it.')
+            row = dict(step=step, loss=round(smooth.item(), 4), norm=round(norm.item(), 4))
+            bar.set_postfix(row, refresh=False)
+            log.write(row)
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,142 @@
+"""
+Draw images from any checkpoint, as a grid, as PNG files, or as numbers.
+
+The file says what it is: a teacher (out/model.pt) is sampled in --steps passes, a generator (out/distill.pt, ...) in one.
+Image k depends on --seed and k only, so it is the same image whatever the batch size.
+
+$ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
+$ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
+$ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
+$ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
+$ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
+Expected: a grid of 32 images in about 5 seconds on 2 CPU cores.
+"""
+import json
+import os
+
+import torch
+from PIL import Image
+
+from model import (MDM, Images, Reference, Tokenizer, configure, load_checkpoint, one_step, render, restore,
+                   sample_teacher, save_grid, show_table, start_processes, word_ids)
+
+# -----------------------------------------------------------------------------
+ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
+prompt = ''            # one caption for all images; '' takes captions of the training data
+label = ''             # class name or number, for a model trained on a folder
+n = 32                 # images
+seed = 0               # image k follows from (seed, k)
+steps = 0              # passes of a teacher, 0 = 16; a generator takes one
+cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
+gumbel = 2.0           # Gumbel temperature of the teacher's confidence, falling to 0
+tau = 1.0              # softmax temperature, below 1 is more typical, above 1 more varied
+top_k = 0              # keep this many codes per position, 0 = all
+top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
+batch = 250            # images per forward pass; lower it when memory runs out
+weights = 'ema'        # ema (averaged) or net (the last iterate)
+grid = ''              # picture to write, '' = samples.png beside the checkpoint
+png_dir = ''           # also write every image as a PNG file into this folder
+metrics = False        # measure n_metrics images instead of drawing a grid
+n_metrics = 2000       # images behind each number
+data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
+sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3, 4 x Gumbel temperature 0.5, 1, 2, 4
+# -----------------------------------------------------------------------------
+
+def choose_captions(prompt, label, n, words, prompts):
+    """The captions to draw: the prompt n times, the class n times (a name wins over a number, as digits are called
+    0..9), or n training captions spread over prompts (M, T)."""
+    if label and prompts.shape[1] > 1:
+        raise SystemExit('sample.py: --label needs a model trained on class folders; this one reads captions, '
+                         'try --prompt "a red circle"')
+    if label:
+        names = [w for w in words if w == label] or [w for k, w in enumerate(words) if str(k) == label]
+        if not names:
+            raise SystemExit(f'sample.py: --label={label!r} is no class of this model; classes: {", ".join(words[:40])}')
+        return names * n
+    if prompt:
+        return [prompt] * n
+    rows = prompts[torch.linspace(0, len(prompts) - 1, n).long()].tolist()
+    return [' '.join(words[k] for k in row if k < len(words)) for row in rows]
+
+
+def write_pngs(folder, images, captions):
+    """One PNG per image, 00000.png ..., and captions.txt with one line each."""
+    os.makedirs(folder, exist_ok=True)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    for k, array in enumerate(pixels):
+        Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
+    with open(os.path.join(folder, 'captions.txt'), 'w', encoding='utf-8') as file:
+        file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    configure(globals())
+    _, world, device, autocast = start_processes()
+    if world > 1:
+        raise SystemExit('sample.py: runs as one process; start it with python, not torchrun')
+    if weights not in ('ema', 'net') or n < 1 or n_metrics < 2 or tau <= 0 or not 0 <= top_p <= 1:
+        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 2, --tau > 0, 0 <= --top_p <= 1')
+    state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    model = MDM(**state['args']).to(device).eval().requires_grad_(False)
+    restore(model, state[weights], ckpt, weights)
+    tokenizer = Tokenizer.from_checkpoint(state['tokenizer']).to(device)
+    words, length, made = state['words'], state['args']['T'], state['config']
+    is_teacher = state['stage'] == 'model'
+    if not is_teacher and (steps > 1 or sweep):
+        raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, such as out/model.pt')
+    steps = (steps or min(16, model.N)) if is_teacher else 1
+    if steps > model.N:
+        raise SystemExit(f'sample.py: --steps={steps} is more than the {model.N} tokens of an image; try --steps={model.N}')
+
+    def sampler(cfg_scale, gumbel):
+        """cond, rng -> tokens, for this checkpoint."""
+        def draw(cond, rng):
+            with autocast:
+                if is_teacher:
+                    return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p)
+                return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p)[1]
+        return draw
+
+    def conditions(captions):
+        try:
+            return word_ids(captions, words, length)
+        except ValueError as error:
+            raise SystemExit(f'sample.py: {error}') from None
+
+    def passes(cfg_scale):
+        return steps * (1 + (is_teacher and steps > 1 and cfg_scale != 1))
+
+    if metrics or sweep:
+        source = Images(data or state['data'], tokenizer.config['image_size'])
+        reference = Reference(source)
+        captions, real = reference.prompts(n_metrics)
+        settings = [(cfg_scale, gumbel)]
+        if sweep:
+            settings = [(s, g) for s in (1.0, 1.5, 2.0, 3.0, 4.0) for g in (0.5, 1.0, 2.0, 4.0)]
+        entries = [dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions))]
+        for s, g in settings:
+            images, ms = render(sampler(s, g), tokenizer, conditions(captions), seed, batch)
+            name = f'cfg {s:g} gumbel {g:g}' if is_teacher else os.path.basename(ckpt)
+            entries.append(dict(name=name, passes=passes(s), ms=round(ms, 2), **reference.measure(images, captions)))
+            if sweep:
+                print(f'{name}: toy FD {entries[-1]["toy_fd"]:.2f}, followed {entries[-1]["accuracy"]:.3f}', flush=True)
+        show_table(entries)
+        print(f'image seeds ({seed}, 0..{n_metrics - 1}), {steps} step(s), tau {tau:g}, weights {weights} of step {state["step"]}')
+        for task, share in entries[-1].get('tasks', {}).items():
+            print(f'  {task:14s} {share:.3f}   (real {entries[0]["tasks"][task]:.3f})')
+        path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}.json'
+        with open(path, 'w') as file:
+            json.dump(dict(ckpt=ckpt, step=state['step'], seed=seed, rows=entries), file, indent=1)
+        print(f'-> {path}')
+        raise SystemExit
+
+    captions = choose_captions(prompt, label, n, words, state['prompts'])
+    images, ms = render(sampler(cfg_scale, gumbel), tokenizer, conditions(captions), seed, batch)
+    path = grid or os.path.join(os.path.dirname(ckpt), 'samples.png')
+    save_grid(path, images, captions)
+    if png_dir:
+        write_pngs(png_dir, images, captions)
+    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {passes(cfg_scale)} network pass(es), {ms:.1f} ms per image on {device} '
+          f'-> {path}' + (f' and {png_dir}/' if png_dir else ''))
