@@ -43,7 +43,7 @@ image_size = 32        # pixels; images are resized (shorter side) and centre-cr
 ch = 16                # channels at full resolution; VQGAN 128
 ch_mult = '1,2,4'      # channel multiplier of each level, each but the last halves the size; VQGAN 1,1,2,2,4
 n_res = 1              # residual blocks per level; VQGAN 2
-n_codes = 256          # codebook size V
+n_codes = 128          # codebook size V; VQGAN 1024
 code_dim = 8           # numbers per code
 # training
 steps = 600            # updates
@@ -123,8 +123,8 @@ def draw(index, open_background=False):
     related = np.where(relation[:, None] < 2, 2 * free + side, 2 * side + free)          # quadrant = 2 row + column
     cell[:, :2] = np.where(task[:, None] == 4, related, cell[:, :2])
     size = (u[:, 16:20] * len(RADII)).astype(int)
-    top = CELL * (cell // 2) + (u[:, 20:24] * 3).astype(int)                             # offset -1, 0, 1 and pad 1
-    left = CELL * (cell % 2) + (u[:, 24:28] * 3).astype(int)
+    top = CELL * (cell // 2) + 2 * (u[:, 20:24] * 2).astype(int)                         # offset -1 or 1, plus pad 1
+    left = CELL * (cell % 2) + 2 * (u[:, 24:28] * 2).astype(int)
 
     background = pick(28, len(BACKGROUNDS)) * bool(open_background)
     canvas = np.zeros((B, SIZE + 2, SIZE + 2, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
@@ -240,9 +240,9 @@ def factors(images, captions, world='shapes'):
     row, column = found['row'] - CELL // 2, found['column'] - CELL // 2
     cell = 2 * (row > CELL // 2) + (column > CELL // 2)
     near = lambda v: v - CELL * (v > CELL // 2)                                           # offset in its quadrant
-    offset = np.clip(near(row), -2, 2) * 5 + np.clip(near(column), -2, 2) + 12           # (5 x 5) bins, 9 in use
+    offset = np.clip(near(row), -2, 2) * 5 + np.clip(near(column), -2, 2) + 12           # (5 x 5) bins, 4 in use
     table = {'size': (found['size'][known], range(2)), 'position': (cell[known], range(4)),
-             'offset': (offset[known], [5 * a + b + 12 for a in (-1, 0, 1) for b in (-1, 0, 1)]),
+             'offset': (offset[known], [5 * a + b + 12 for a in (-1, 1) for b in (-1, 1)]),
              'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
              'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
     def distance(values, support):
@@ -275,12 +275,12 @@ class Images:
     """Images with captions, by index: `data` is 'shapes', 'shapes-open' or a folder whose sub-folders are classes.
     `words` and `caption_length` are the vocabulary that captions use; a class label is a one-word caption."""
 
-    def __init__(self, data, size):
+    def __init__(self, data, size, n_images=50_000):
         self.data, self.size, self.is_world, self.bad = data, size, data in ('shapes', 'shapes-open'), {}
         if self.is_world:
             if size != SIZE:
                 raise SystemExit(f'the shapes world is drawn at {SIZE} pixels, not {size}; leave --image_size={SIZE}')
-            self.words, self.caption_length, self.length = WORDS, CAPTION_LENGTH, 50_000
+            self.words, self.caption_length, self.length = WORDS, CAPTION_LENGTH, n_images
             return
         if not os.path.isdir(data):
             raise SystemExit(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a folder of images")
@@ -678,7 +678,7 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
     except Exception as error:                                                           # torch raises many kinds here
         unsafe = type(error).__name__ == 'UnpicklingError' and os.path.getsize(path) > 0
         problem = (f'{path}: refused, it holds more than tensors and plain containers (nothing in it was executed)'
-                   if unsafe else f'{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:80]})')
+                   if unsafe else f'{path}: truncated or not a checkpoint ({(str(error) or "empty").splitlines()[0][:80]})')
     if problem is None and not (isinstance(state, dict) and isinstance(state.get('stage'), str)):
         problem = f'{path}: not a checkpoint of this project (no "stage" entry)'
     if problem is None and stage and state['stage'] not in stage.split('|'):
