@@ -23,9 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, average_gradients, configure, dimo_grad, ema_update,
-                   guided_logits, jeffreys, load_checkpoint, mask_ratio, mask_tokens, one_step, progress,
+                   guided_logits, jeffreys, load_checkpoint, make_optimizers, mask_ratio, mask_tokens, one_step, progress,
                    random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, show_table, split_batch, start_processes, surrogate, token_entropy, word_ids)
+                   save_checkpoint, save_grid, set_rate, show_table, split_batch, start_processes, surrogate, token_entropy, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -41,18 +41,22 @@ n_eval = 2000          # images behind each row of the final table
 steps = 1000           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
-generator_lr = 1e-4    # paper 1e-5 (174 M parameters, 10^4 steps and more)
-aux_lr = 5e-4          # the auxiliary model must follow the generator; paper 1e-5
+generator_lr = 3e-4    # Adam; paper 1e-5 on everything (174 M parameters)
+aux_lr = 1e-3          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
+generator_muon = 0.004  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
+aux_muon = 0.02        # the same for the auxiliary model
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 50            # steps of linear warm-up; paper 100
+cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network; paper 1
-r_init = 0.6           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
-sigma_init = 0.3       # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
-beta = 0.0             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
+r_init = 0.95          # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
+sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
+beta = 0.5             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 2.0        # teacher guidance u + s (c - u); paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
+p_full = 0.0           # further share of re-maskings that mask everything: global choices are only judged there; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -67,9 +71,11 @@ bench = False          # time 20 steps and stop
 # -----------------------------------------------------------------------------
 # This stage's losses (the equations are in model.py)
 
-def remask(tokens, mask_id, schedule, rng):
-    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule."""
-    t = mask_ratio(random_numbers((len(tokens),), rng, tokens.device), schedule)
+def remask(tokens, mask_id, schedule, rng, p_full=0.0):
+    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule,
+    or t = 1 with probability p_full."""
+    u, full = random_numbers((2, len(tokens)), rng, tokens.device)
+    t = mask_ratio(u, schedule).masked_fill(full < p_full, 1.0)
     mask = mask_tokens(tokens, t, rng)
     return tokens.masked_fill(mask, mask_id), mask
 
@@ -124,14 +130,14 @@ if __name__ == '__main__':
         for table in network.embedding_parameters() if freeze_tables else []:
             table.requires_grad_(False)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
-    optimizers = [torch.optim.Adam(ps, lr=lr, betas=(beta1, beta2), fused=device.type == 'cuda')
-                  for ps, lr in zip(trained, (generator_lr, aux_lr))]
-    names, step, stop, smooth = ('generator', 'aux'), 0, Stop(), {}
+    optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2)),
+                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2))]
+    step, stop, smooth = 0, Stop(), {}
     if resume:
         state = load_checkpoint(out, 'distill', 'Start without --resume.', fallback=True)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux)):
             restore(network, state[name], out, name)
-        for optimizer, saved in zip(optimizers, state['optimizers']):
+        for optimizer, saved in zip(optimizers[0] + optimizers[1], state['optimizers']):
             optimizer.load_state_dict(saved)
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux)
@@ -156,14 +162,14 @@ if __name__ == '__main__':
 
     def update():
         """One Di[M]O step (Alg. 1): generator and auxiliary update -> the numbers for the log."""
-        for optimizer, ps, lr in zip(optimizers, trained, (generator_lr, aux_lr)):
-            optimizer.zero_grad(set_to_none=False)
-            optimizer.param_groups[0]['lr'] = lr * min(1, (step + 1) / warmup)
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, max(0.05, (1 - step / steps) / max(cooldown, 1e-9))))
+        generator.zero_grad()
+        aux.zero_grad()
         # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k)
             cond, logits, tokens = draw_batch(rng)
-            x_t, mask = remask(tokens, generator.mask_id, schedule, rng)
+            x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
             with torch.no_grad(), autocast:
                 teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
             with torch.set_grad_enabled(reuse), autocast:
@@ -180,7 +186,7 @@ if __name__ == '__main__':
                 rng = rng_for(seed, step, ('fresh', rank * accumulate + k))
                 with torch.no_grad():
                     cond, _, tokens = draw_batch(rng)
-                x_t, mask2 = remask(tokens, generator.mask_id, schedule, rng)
+                x_t, mask2 = remask(tokens, generator.mask_id, schedule, rng, p_full)
                 with autocast:
                     psi_loss = aux_loss(aux(x_t, cond), tokens, mask2, label_smoothing)
                 psi_loss.backward()
@@ -195,7 +201,8 @@ if __name__ == '__main__':
         """Average over processes, clip, step: network k -> its gradient norm."""
         average_gradients(trained[k], accumulate * world)
         norm = nn.utils.clip_grad_norm_(trained[k], clip)
-        optimizers[k].step()
+        for optimizer in optimizers[k]:
+            optimizer.step()
         return norm
 
     if bench:
@@ -214,7 +221,7 @@ if __name__ == '__main__':
                 save_checkpoint(out, dict(stage='distill', step=step, config=config, args=generator.config, words=words,
                                           data=packed['data'], prompts=packed['prompts'], tokenizer=tokenizer.pack(),
                                           net=generator.state_dict(), ema=generator_ema.state_dict(), aux=aux.state_dict(),
-                                          optimizers=[o.state_dict() for o in optimizers], smooth=smooth))
+                                          optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]], smooth=smooth))
             grid, _ = render(student, tokenizer, conditions(shown[:16]), seed)
             save_grid(f'{out_dir}/distill-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
             captions, _ = reference.prompts(min(500, n_eval))

@@ -38,13 +38,13 @@ save_every = 500       # steps between checkpoints and pictures
 # network
 D = 96                 # width; MaskGIT 768
 depth = 4              # blocks; MaskGIT 24
-n_head = 4             # attention heads; MaskGIT 16
+n_head = 3             # attention heads; MaskGIT 16
 # training
 steps = 2000           # updates
 batch_size = 64        # images per update, all processes together; MaskGIT 256
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
-lr = 2e-3              # AdamW on tables, biases and norms, falls to zero along a cosine; MaskGIT 1e-4 on everything
-muon_lr = 0.03         # Muon on the matrices of the blocks; 1.7 times lower loss than AdamW alone after 1200 steps
+lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along a cosine; MaskGIT 1e-4 on everything
+muon_lr = 0.02         # Muon on the matrices of the trunk: 0.99 nats after 1200 steps where AdamW has 1.66; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
 schedule = 'arccos'    # law of the mask ratio: arccos or cosine
 p_drop = 0.1           # share of captions replaced by the null condition, for guidance
@@ -314,6 +314,24 @@ def token_entropy(logits):
     return -(log_p.exp() * log_p).sum(-1).mean(), log_p.max(-1).values.exp().mean()
 
 
+def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
+    """Muon for the matrices of the trunk, AdamW for tables, biases and norms -> list of optimizers; muon_lr = 0 gives
+    everything to AdamW, as the papers do. Each keeps its peak rate in group['peak'] for `set_rate`."""
+    trunk = [p for name, p in network.named_parameters()
+             if muon_lr and p.requires_grad and p.dim() == 2 and name.startswith(('blocks', 'first', 'last'))]
+    rest = [p for p in network.parameters() if p.requires_grad and all(p is not q for q in trunk)]
+    adam = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0 if muon_lr else weight_decay, fused=rest[0].is_cuda)
+    optimizers = [adam] + ([torch.optim.Muon(trunk, lr=muon_lr, weight_decay=weight_decay)] if trunk else [])
+    for optimizer in optimizers:
+        optimizer.param_groups[0]['peak'] = optimizer.param_groups[0]['lr']
+    return optimizers
+
+
+def set_rate(optimizers, factor):
+    for optimizer in optimizers:
+        optimizer.param_groups[0]['lr'] = optimizer.param_groups[0]['peak'] * factor
+
+
 def ema_update(average, network, decay, step):
     """average <- d average + (1 - d) network, with d = min(decay, (1 + step) / (10 + step))."""
     d = min(decay, (1 + step) / (10 + step))
@@ -445,10 +463,7 @@ if __name__ == '__main__':
     same_weights(net)
     average = MDM(**net.config).to(device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
-    hidden = [p for name, p in net.named_parameters() if p.dim() == 2 and name.startswith(('blocks', 'first', 'last'))]
-    rest = [p for p in net.parameters() if all(p is not h for h in hidden)]
-    optimizers = [torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay),
-                  torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0, fused=device.type == 'cuda')]
+    optimizers = make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay)
     step, stop = 0, Stop()
     if resume:
         state = load_checkpoint(out, 'model', 'Start without --resume.', fallback=True)
@@ -466,9 +481,8 @@ if __name__ == '__main__':
 
     def update():
         """One training step -> masked cross-entropy, gradient norm."""
-        for optimizer, peak in zip(optimizers, (muon_lr, lr)):
-            optimizer.param_groups[0]['lr'] = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            optimizer.zero_grad(set_to_none=False)
+        set_rate(optimizers, min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        net.zero_grad()
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k)
             rows = torch.from_numpy(dataset[torch.randint(len(dataset), (micro,), generator=rng).sort().values.numpy()])

@@ -65,6 +65,11 @@ SHAPES = ('circle', 'square', 'triangle', 'cross')
 BACKGROUNDS = ((24, 24, 32), (236, 232, 222), (128, 128, 136), (226, 150, 200))  # the default world uses the first
 RADII = (4.0, 6.0)                                     # two sizes, never named
 NUMBERS = {'two': 2, 'three': 3, 'four': 4}
+LAYOUTS = np.array([[(8, 8)] * 4,                      # top left corners (row, column) of the cells: one object,
+                    [(0, 0), (16, 16)] * 2,            # a pair,
+                    [(0, 0), (0, 16), (16, 8), (0, 0)],  # three,
+                    [(0, 0), (0, 16), (16, 0), (16, 16)],  # four,
+                    [(8, 0), (8, 16)] * 2, [(8, 16), (8, 0)] * 2, [(0, 8), (16, 8)] * 2, [(16, 8), (0, 8)] * 2])
 RELATIONS = ('left of', 'right of', 'above', 'below')
 TASKS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')  # GenEval's six
 WORDS = ('a', 'and', *NUMBERS, *COLORS, *SHAPES, *(s + ('es' if s == 'cross' else 's') for s in SHAPES), 'shape',
@@ -103,8 +108,8 @@ def caption_of(task, u, color, shape, relation, n):
 
 def draw(index, open_background=False):
     """Render images of the shapes world: index (B,) ints -> images float (B, 3, 32, 32) in [-1, 1], captions.
-    Image i is the same on every machine (NumPy's legacy generator is frozen). What a caption leaves open is uniform:
-    size, quadrant, offset, and colour or shape where unnamed; with `open_background` one of four backgrounds too."""
+    Image i is the same on every machine (NumPy's legacy generator is frozen). The caption fixes the layout; what it
+    leaves open is uniform: size, offset, and colour or shape where unnamed; one of four backgrounds if asked."""
     index = np.atleast_1d(np.asarray(index, dtype=np.int64))
     u = np.stack([np.random.RandomState(i).random_sample(32) for i in index])           # (B, 32) in [0, 1)
     pick = lambda column, n: (u[:, column] * n).astype(int)
@@ -117,21 +122,17 @@ def draw(index, open_background=False):
     counting = task == 2
     color[counting], shape[counting] = color[counting, :1], shape[counting, :1]
     n = np.array([1, 2, 0, 1, 2, 2])[task] + counting * (2 + pick(3, 3))                 # (B,) objects
-    cell = u[:, 12:16].argsort(axis=1)                                                   # (B, 4) distinct quadrants
-    side = np.stack([relation % 2, 1 - relation % 2], axis=1)                            # left and above come first
-    free = (u[:, 12:14] * 2).astype(int)
-    related = np.where(relation[:, None] < 2, 2 * free + side, 2 * side + free)          # quadrant = 2 row + column
-    cell[:, :2] = np.where(task[:, None] == 4, related, cell[:, :2])
+    layout = np.select([task == 4, n == 1, n == 2, n == 3], [4 + relation, 0, 1, 2], 3)
     size = (u[:, 16:20] * len(RADII)).astype(int)
-    top = CELL * (cell // 2) + 2 * (u[:, 20:24] * 2).astype(int)                         # offset -1 or 1, plus pad 1
-    left = CELL * (cell % 2) + 2 * (u[:, 24:28] * 2).astype(int)
+    step = np.where(n == 1, 4, 1)[:, None, None]                                         # a lone object moves further
+    corner = LAYOUTS[layout] + step * (2 * (u[:, 20:28].reshape(B, 4, 2) * 2).astype(int) - 1)  # (B, 4, row and column)
 
     background = pick(28, len(BACKGROUNDS)) * bool(open_background)
     canvas = np.zeros((B, SIZE + 2, SIZE + 2, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
-    box = np.arange(CELL)
+    box = 1 + np.arange(CELL)                                                            # the canvas has a pixel of margin
     for k in range(4):
         has = np.flatnonzero(n > k)
-        at = (has[:, None, None], (top[has, k, None] + box)[:, :, None], (left[has, k, None] + box)[:, None, :])
+        at = (has[:, None, None], (corner[has, k, :1] + box)[:, :, None], (corner[has, k, 1:] + box)[:, None, :])
         alpha = SPRITES[shape[has, k], size[has, k]][..., None]
         canvas[at] += alpha * (PALETTE[color[has, k]][:, None, None] - canvas[at])
     images = torch.from_numpy(np.rint(canvas[:, 1:-1, 1:-1])).permute(0, 3, 1, 2) / 127.5 - 1
@@ -237,12 +238,12 @@ def factors(images, captions, world='shapes'):
     known = found['shape'] >= 0
     asked = [parse_caption(c)[1] for c in captions]
     unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
-    row, column = found['row'] - CELL // 2, found['column'] - CELL // 2
-    cell = 2 * (row > CELL // 2) + (column > CELL // 2)
-    near = lambda v: v - CELL * (v > CELL // 2)                                           # offset in its quadrant
-    offset = np.clip(near(row), -2, 2) * 5 + np.clip(near(column), -2, 2) + 12           # (5 x 5) bins, 4 in use
-    table = {'size': (found['size'][known], range(2)), 'position': (cell[known], range(4)),
-             'offset': (offset[known], [5 * a + b + 12 for a in (-1, 1) for b in (-1, 1)]),
+    alone = np.array([len(asked[i]) == 1 for i in found['image']], dtype=bool) & known
+    place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
+    near = lambda v: np.clip(v - 8 * np.rint(v / 8).astype(int), -2, 2)                   # from the layout's corner
+    offset = near(found['row']) * 5 + near(found['column']) + 12                         # (5 x 5) bins, 4 in use
+    table = {'size': (found['size'][known], range(2)), 'position': (place[alone], range(4)),
+             'offset': (offset[known & ~alone], [5 * a + b + 12 for a in (-1, 1) for b in (-1, 1)]),
              'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
              'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
     def distance(values, support):
