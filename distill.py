@@ -1,9 +1,9 @@
 """
 Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many steps into a generator of one.
 
-Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its losses,
-FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates and one
-auxiliary pass serves both losses, 8 forward-equivalents per step instead of 10 (--reuse=false restores the released order).
+Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
+losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates and one
+auxiliary pass both losses, 8 forward-equivalents per step instead of 10 (--reuse=false restores the released order).
 No real data enters: the loop sees captions, the teacher, and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
@@ -23,9 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, average_gradients, configure, dimo_grad, ema_update,
-                   guided_logits, jeffreys, load_checkpoint, make_optimizers, mask_ratio, mask_tokens, one_step, progress,
-                   random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, set_rate, show_table, split_batch, start_processes, surrogate, token_entropy, word_ids)
+                   guided_logits, jeffreys, load_checkpoint, make_optimizers, mask_ratio, mask_tokens, one_step,
+                   progress, random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
+                   save_checkpoint, save_grid, set_rate, show_table, split_batch, start_processes, surrogate,
+                   token_entropy, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -56,7 +57,7 @@ beta = 0.5             # generalized Jeffreys: 0 forward KL, 1 reverse KL; relea
 cfg_scale = 2.0        # teacher guidance u + s (c - u); paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
-p_full = 0.0           # further share of re-maskings that mask everything: global choices are only judged there; paper 0
+p_full = 0.0           # further share of re-maskings at t = 1, where global choices are judged; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -162,7 +163,8 @@ if __name__ == '__main__':
 
     def update():
         """One Di[M]O step (Alg. 1): generator and auxiliary update -> the numbers for the log."""
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, max(0.05, (1 - step / steps) / max(cooldown, 1e-9))))
+        falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
         generator.zero_grad()
         aux.zero_grad()
         # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits
@@ -218,10 +220,11 @@ if __name__ == '__main__':
         ending = step >= steps or stop.now(step, device)
         if rank == 0 and (step % save_every == 0 or ending):
             if step:
-                save_checkpoint(out, dict(stage='distill', step=step, config=config, args=generator.config, words=words,
-                                          data=packed['data'], prompts=packed['prompts'], tokenizer=tokenizer.pack(),
-                                          net=generator.state_dict(), ema=generator_ema.state_dict(), aux=aux.state_dict(),
-                                          optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]], smooth=smooth))
+                save_checkpoint(out, dict(
+                    stage='distill', step=step, config=config, args=generator.config, words=words, data=packed['data'],
+                    prompts=packed['prompts'], tokenizer=tokenizer.pack(), net=generator.state_dict(),
+                    ema=generator_ema.state_dict(), aux=aux.state_dict(), smooth=smooth,
+                    optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]]))
             grid, _ = render(student, tokenizer, conditions(shown[:16]), seed)
             save_grid(f'{out_dir}/distill-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
             captions, _ = reference.prompts(min(500, n_eval))
@@ -252,9 +255,9 @@ if __name__ == '__main__':
     if rank == 0 and step >= steps:
         captions, real = reference.prompts(n_eval)
         cond, entries = conditions(captions), []
-        reconstruct = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
-        entries.append(dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions)))
-        entries.append(dict(name='tokenizer reconstruction', passes=0, ms=0.0, **reference.measure(reconstruct, captions)))
+        rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
+        for name, images in (('real images', real), ('tokenizer reconstruction', rebuilt)):
+            entries.append(dict(name=name, passes=0, ms=0.0, **reference.measure(images, captions)))
         pictures = [real[:16]]
         rows = [(f'teacher, {n} steps', n, many_steps(n)) for n in sorted({1, min(4, teacher_steps), teacher_steps})]
         for name, n, sample in rows + [('student, 1 step', 1, student)]:

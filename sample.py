@@ -1,7 +1,7 @@
 """
 Draw images from any checkpoint, as a grid, as PNG files, or as numbers.
 
-The file says what it is: a teacher (out/model.pt) is sampled in --steps passes, a generator (out/distill.pt, ...) in one.
+The file says what it is: a teacher (out/model.pt) is sampled in --steps passes, a generator (out/distill.pt) in one.
 Image k depends on --seed and k only, so it is the same image whatever the batch size.
 
 $ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
@@ -51,7 +51,7 @@ def choose_captions(prompt, label, n, words, prompts):
     if label:
         names = [w for w in words if w == label] or [w for k, w in enumerate(words) if str(k) == label]
         if not names:
-            raise SystemExit(f'sample.py: --label={label!r} is no class of this model; classes: {", ".join(words[:40])}')
+            raise SystemExit(f'sample.py: --label={label!r} is no class of this model; try one of {", ".join(words[:40])}')
         return names * n
     if prompt:
         return [prompt] * n
@@ -77,7 +77,8 @@ if __name__ == '__main__':
     if world > 1:
         raise SystemExit('sample.py: runs as one process; start it with python, not torchrun')
     if weights not in ('ema', 'net') or n < 1 or n_metrics < 2 or tau <= 0 or not 0 <= top_p <= 1:
-        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 2, --tau > 0, 0 <= --top_p <= 1')
+        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 2, --tau > 0 and '
+                         '0 <= --top_p <= 1')
     state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(model, state[weights], ckpt, weights)
@@ -85,10 +86,11 @@ if __name__ == '__main__':
     words, length, made = state['words'], state['args']['T'], state['config']
     is_teacher = state['stage'] == 'model'
     if not is_teacher and (steps > 1 or sweep):
-        raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, such as out/model.pt')
+        raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     steps = (steps or min(16, model.N)) if is_teacher else 1
     if steps > model.N:
-        raise SystemExit(f'sample.py: --steps={steps} is more than the {model.N} tokens of an image; try --steps={model.N}')
+        raise SystemExit(f'sample.py: --steps={steps} is more than the {model.N} tokens of an image; '
+                         f'try --steps={model.N}')
 
     def sampler(cfg_scale, gumbel):
         """cond, rng -> tokens, for this checkpoint."""
@@ -123,7 +125,8 @@ if __name__ == '__main__':
             if sweep:
                 print(f'{name}: toy FD {entries[-1]["toy_fd"]:.2f}, followed {entries[-1]["accuracy"]:.3f}', flush=True)
         show_table(entries)
-        print(f'image seeds ({seed}, 0..{n_metrics - 1}), {steps} step(s), tau {tau:g}, weights {weights} of step {state["step"]}')
+        print(f'image seeds ({seed}, 0..{n_metrics - 1}), {steps} step(s), tau {tau:g}, weights {weights} of training '
+              f'step {state["step"]}')
         for task, share in entries[-1].get('tasks', {}).items():
             print(f'  {task:14s} {share:.3f}   (real {entries[0]["tasks"][task]:.3f})')
         path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}.json'
@@ -138,5 +141,5 @@ if __name__ == '__main__':
     save_grid(path, images, captions)
     if png_dir:
         write_pngs(png_dir, images, captions)
-    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {passes(cfg_scale)} network pass(es), {ms:.1f} ms per image on {device} '
-          f'-> {path}' + (f' and {png_dir}/' if png_dir else ''))
+    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {passes(cfg_scale)} network pass(es), {ms:.1f} ms per image on '
+          f'{device} -> {path}' + (f' and {png_dir}/' if png_dir else ''))

@@ -19,7 +19,9 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -46,8 +48,8 @@ n_res = 1              # residual blocks per level; VQGAN 2
 n_codes = 128          # codebook size V; VQGAN 1024
 code_dim = 8           # numbers per code
 # training
-steps = 600            # updates
-warmup_free = 100      # first updates without quantisation, after which the codebook is set from encoder outputs
+steps = 400            # updates
+warmup_free = 80       # first updates without quantisation, after which the codebook is set from encoder outputs
 batch_size = 64        # images per update, all processes together
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 lr = 2e-3              # AdamW, falls to a tenth along a cosine
@@ -62,7 +64,7 @@ SIZE, CELL = 32, 16                                    # canvas and quadrant; an
 HELD_OUT = 2 ** 31                                     # indices from here on are never trained on
 COLORS = {'red': (222, 48, 48), 'green': (36, 176, 72), 'blue': (52, 96, 240), 'yellow': (248, 212, 48)}
 SHAPES = ('circle', 'square', 'triangle', 'cross')
-BACKGROUNDS = ((24, 24, 32), (236, 232, 222), (128, 128, 136), (226, 150, 200))  # the default world uses the first
+BACKGROUNDS = ((24, 24, 32), (236, 232, 222), (128, 128, 136), (226, 150, 200))  # the default world has one
 RADII = (4.0, 6.0)                                     # two sizes, never named
 NUMBERS = {'two': 2, 'three': 3, 'four': 4}
 LAYOUTS = np.array([[(8, 8)] * 4,                      # top left corners (row, column) of the cells: one object,
@@ -92,6 +94,7 @@ def sprites():
 
 
 SPRITES = sprites()
+PHRASE = rf'(a|{"|".join(NUMBERS)}) ?(|{"|".join(COLORS)}) ({"|".join(SHAPES)}|shape)(e?s)?'  # 'two red circles'
 
 
 def caption_of(task, u, color, shape, relation, n):
@@ -109,7 +112,7 @@ def caption_of(task, u, color, shape, relation, n):
 def draw(index, open_background=False):
     """Render images of the shapes world: index (B,) ints -> images float (B, 3, 32, 32) in [-1, 1], captions.
     Image i is the same on every machine (NumPy's legacy generator is frozen). The caption fixes the layout; what it
-    leaves open is uniform: size, offset, and colour or shape where unnamed; one of four backgrounds if asked."""
+    leaves open is uniform: sizes, a lone object's place, colour or shape where unnamed, a background if asked."""
     index = np.atleast_1d(np.asarray(index, dtype=np.int64))
     u = np.stack([np.random.RandomState(i).random_sample(32) for i in index])           # (B, 32) in [0, 1)
     pick = lambda column, n: (u[:, column] * n).astype(int)
@@ -124,18 +127,18 @@ def draw(index, open_background=False):
     n = np.array([1, 2, 0, 1, 2, 2])[task] + counting * (2 + pick(3, 3))                 # (B,) objects
     layout = np.select([task == 4, n == 1, n == 2, n == 3], [4 + relation, 0, 1, 2], 3)
     size = (u[:, 16:20] * len(RADII)).astype(int)
-    step = np.where(n == 1, 4, 1)[:, None, None]                                         # a lone object moves further
-    corner = LAYOUTS[layout] + step * (2 * (u[:, 20:28].reshape(B, 4, 2) * 2).astype(int) - 1)  # (B, 4, row and column)
+    shift = 4 * (2 * (u[:, 20:22] * 2).astype(int) - 1) * (n == 1)[:, None]  # a lone object has four places
+    corner = LAYOUTS[layout] + shift[:, None]                                            # (B, 4, row and column)
 
     background = pick(28, len(BACKGROUNDS)) * bool(open_background)
-    canvas = np.zeros((B, SIZE + 2, SIZE + 2, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
-    box = 1 + np.arange(CELL)                                                            # the canvas has a pixel of margin
+    canvas = np.zeros((B, SIZE, SIZE, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
+    box = np.arange(CELL)
     for k in range(4):
         has = np.flatnonzero(n > k)
         at = (has[:, None, None], (corner[has, k, :1] + box)[:, :, None], (corner[has, k, 1:] + box)[:, None, :])
         alpha = SPRITES[shape[has, k], size[has, k]][..., None]
         canvas[at] += alpha * (PALETTE[color[has, k]][:, None, None] - canvas[at])
-    images = torch.from_numpy(np.rint(canvas[:, 1:-1, 1:-1])).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(np.rint(canvas)).permute(0, 3, 1, 2) / 127.5 - 1
     captions = [caption_of(*row) for row in zip(task, u[:, 29], color, shape, relation, n)]
     return images.contiguous(), captions
 
@@ -147,10 +150,10 @@ def parse_caption(caption):
     relation = next((r for r in RELATIONS if f' {r} ' in text), '')
     objects, counted = [], False
     for phrase in re.split(f' {relation} ' if relation else ' and ', text):
-        match = re.fullmatch(rf'(a|{"|".join(NUMBERS)}) ?(|{"|".join(COLORS)}) ({"|".join(SHAPES)}|shape)(e?s)?', phrase)
+        match = re.fullmatch(PHRASE, phrase)
         if not match:
-            raise ValueError(f'{phrase!r} in {caption!r} is outside the grammar, which reads like "a red circle left of '
-                             'a blue square", "three green squares", "a circle and a cross" or "a yellow shape"')
+            raise ValueError(f'{phrase!r} in {caption!r} is outside the grammar, which reads like "a red circle left '
+                             'of a blue square", "three green squares", "a circle and a cross" or "a yellow shape"')
         number, color, shape, _ = match.groups()
         counted |= number != 'a'
         objects += [(color, '' if shape == 'shape' else shape)] * NUMBERS.get(number, 1)
@@ -182,7 +185,8 @@ def look(images):
     crops = np.zeros((len(boxes), CELL, CELL), dtype=np.float32)
     for k, (i, (image, rows, columns)) in enumerate(boxes):
         row, column = (rows.start + rows.stop) // 2, (columns.start + columns.stop) // 2  # centre of the bounding box
-        crops[k] = padded[image.start, row + CELL // 2:row + 3 * CELL // 2, column + CELL // 2:column + 3 * CELL // 2] == i
+        window = (slice(at + CELL // 2, at + 3 * CELL // 2) for at in (row, column))
+        crops[k] = padded[image.start, *window] == i
         part = nearest[image.start, rows, columns][label[image.start, rows, columns] == i]
         found['image'][k], found['color'][k] = image.start, np.bincount(part).argmax()
         found['row'][k], found['column'][k] = row, column
@@ -240,15 +244,12 @@ def factors(images, captions, world='shapes'):
     unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
     alone = np.array([len(asked[i]) == 1 for i in found['image']], dtype=bool) & known
     place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
-    near = lambda v: np.clip(v - 8 * np.rint(v / 8).astype(int), -2, 2)                   # from the layout's corner
-    offset = near(found['row']) * 5 + near(found['column']) + 12                         # (5 x 5) bins, 4 in use
     table = {'size': (found['size'][known], range(2)), 'position': (place[alone], range(4)),
-             'offset': (offset[known & ~alone], [5 * a + b + 12 for a in (-1, 1) for b in (-1, 1)]),
              'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
              'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
     def distance(values, support):
-        share = np.bincount(values, minlength=25) / max(1, len(values))
-        truth = np.zeros(25)
+        share = np.bincount(values, minlength=4) / max(1, len(values))
+        truth = np.zeros(4)
         truth[list(support)] = 1 / len(support)
         return float(abs(share - truth).sum() / 2)
     return {name: distance(*pair) for name, pair in table.items()}
@@ -263,7 +264,7 @@ def read_image(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode in ('I', 'F') or image.mode.startswith('I;16'):                 # 16-bit grey: scale to 8 bits
+            if image.mode in ('I', 'F') or image.mode.startswith('I;16'):  # 16-bit grey: scale to 8 bits
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -342,8 +343,8 @@ def word_ids(captions, words, length):
         for k, word in enumerate(parts):
             if word not in words:
                 near = difflib.get_close_matches(word, words, n=3, cutoff=0.3)
-                raise ValueError(f'unknown word {word!r} in {caption!r}; ' + (f'nearest known: {", ".join(near)}' if near
-                                 else f'known: {", ".join(words[:40])}'))
+                raise ValueError(f'unknown word {word!r} in {caption!r}; '
+                                 + (f'nearest known: {", ".join(near)}' if near else f'known: {", ".join(words[:40])}'))
             if k >= length:
                 raise ValueError(f'{caption!r} has {len(parts)} words; this model reads at most {length}')
             ids[i, k] = words.index(word)
@@ -423,7 +424,7 @@ class Encoder(nn.Module):
             for block in level.block:
                 h = block(h)
             if hasattr(level, 'downsample'):
-                h = level.downsample(F.pad(h, (0, 1, 0, 1)))                             # one column right, one row below
+                h = level.downsample(F.pad(h, (0, 1, 0, 1)))  # one column right, one row below
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -469,7 +470,7 @@ class Tokenizer(nn.Module):
     def nearest(self, z):
         """z (..., code_dim) -> id of the nearest codebook row (Euclidean), (...)."""
         e = self.codebook.weight
-        return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)                             # |z|^2 is the same for all rows
+        return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all rows
 
     def decode_latents(self, z):
         """(B, N, code_dim) -> images (B, 3, H, W), not clamped."""
@@ -532,8 +533,9 @@ def configure(g, argv=None):
     Exits with one line on an unknown key, a wrong type or a stray word."""
     name = os.path.basename(g.get('__file__', 'script'))
     keys = [k for k, v in g.items() if type(v) in (bool, int, float, str) and k[0] != '_' and k == k.lower()]
-    convert = {bool: lambda s: {'true': True, '1': True, 'false': False, '0': False}[s.lower()], float: float, str: str,
-               int: lambda s: int(s) if s.lstrip('+-').isdigit() else int(float(s)) if float(s).is_integer() else int(s)}
+    whole = lambda s: int(float(s)) if not s.lstrip('+-').isdigit() and float(s).is_integer() else int(s)
+    truth = lambda s: {'true': True, '1': True, 'false': False, '0': False}[s.lower()]
+    convert = {bool: truth, int: whole, float: float, str: str}
     words = list(sys.argv[1:] if argv is None else argv)
     while words:
         word = words.pop(0)
@@ -573,7 +575,8 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        wait = timedelta(hours=6)                                                        # rank 0 may train a teacher
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=wait)
     bf16 = cuda and torch.cuda.is_bf16_supported()
     if rank == 0:
         reason = 'bf16 autocast' if bf16 else 'float32, the GPU has no bf16' if cuda else 'float32, no CUDA device'
@@ -665,7 +668,7 @@ def save_checkpoint(path, state):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise SystemExit(f'cannot write {path}: {error}. Earlier checkpoints are untouched; free some space or '
-                         'permissions, or choose another file with --out=...') from None
+                         'permissions, or choose another folder with --out_dir=...') from None
 
 
 def load_checkpoint(path, stage='', hint='', fallback=False):
@@ -676,10 +679,11 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         problem = f'{path}: no such checkpoint'
-    except Exception as error:                                                           # torch raises many kinds here
+    except Exception as error:  # torch raises many kinds here
         unsafe = type(error).__name__ == 'UnpicklingError' and os.path.getsize(path) > 0
+        reason = (str(error) or 'empty').splitlines()[0][:80]
         problem = (f'{path}: refused, it holds more than tensors and plain containers (nothing in it was executed)'
-                   if unsafe else f'{path}: truncated or not a checkpoint ({(str(error) or "empty").splitlines()[0][:80]})')
+                   if unsafe else f'{path}: truncated or not a checkpoint ({reason})')
     if problem is None and not (isinstance(state, dict) and isinstance(state.get('stage'), str)):
         problem = f'{path}: not a checkpoint of this project (no "stage" entry)'
     if problem is None and stage and state['stage'] not in stage.split('|'):
@@ -699,7 +703,7 @@ def restore(module, weights, path, name):
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise SystemExit(f'{path}: {name} does not fit this network: {" ".join(lines)} Was it made with other sizes? '
-                         'Use the same settings, or another --out.') from None
+                         'Use the same settings, or another --out_dir.') from None
 
 
 class Log:
@@ -710,7 +714,7 @@ class Log:
         self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
         os.makedirs(os.path.dirname(self.path) or '.', exist_ok=True)
         lines = open(self.path).readlines() if step and os.path.exists(self.path) else []
-        with open(self.path, 'w') as file:                                               # drop what a crash left behind
+        with open(self.path, 'w') as file:  # drop what a crash left behind
             file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
 
     def write(self, row):
@@ -727,12 +731,11 @@ def save_grid(path, images, captions=(), columns=8, scale=3):
     pen = ImageDraw.Draw(sheet)
     for k, array in enumerate(pixels):
         x, y = k % columns * width, k // columns * height
-        sheet.paste(Image.fromarray(array).resize((width - 4, array.shape[0] * scale), Image.Resampling.NEAREST), (x, y))
+        tile = Image.fromarray(array).resize((width - 4, array.shape[0] * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y))
         if len(captions):
-            lines, room = [''], width // 6
-            for word in captions[k].split():
-                lines = lines + [word] if len(lines[-1]) + len(word) >= room else lines[:-1] + [f'{lines[-1]} {word}'.strip()]
-            pen.text((x, y + array.shape[0] * scale + 1), '\n'.join(lines[:3]), fill='black', font_size=9, spacing=0)
+            text = '\n'.join(textwrap.wrap(captions[k], width // 6)[:3])
+            pen.text((x, y + tile.height + 1), text, fill='black', font_size=9, spacing=0)
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     sheet.save(path)
 
@@ -789,7 +792,8 @@ if __name__ == '__main__':
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
     torch.manual_seed(seed)
     net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == 'cuda')
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
+                                  fused=device.type == 'cuda')
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
     if resume:
         state = load_checkpoint(out, 'tokenizer', 'Start without --resume.', fallback=True)
