@@ -2,7 +2,7 @@
 Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many steps into a generator of one.
 
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
-losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates and one
+losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates, one
 auxiliary pass both losses, 8 forward-equivalents per step instead of 10 (--reuse=false restores the released order).
 No real data enters: the loop sees captions, the teacher, and its own samples.
 
@@ -51,13 +51,13 @@ beta2 = 0.99           # Adam; paper .999
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network; paper 1
-r_init = 0.95          # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
+r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
-beta = 0.5             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
-cfg_scale = 2.0        # teacher guidance u + s (c - u); paper 2 (MaskGIT)
+beta = 0.3             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
+cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
-p_full = 0.0           # further share of re-maskings at t = 1, where global choices are judged; paper 0
+p_full = 0.5           # further share of re-maskings at t = 1, where global choices are judged; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -65,7 +65,7 @@ reuse = True           # one generator pass for both updates; False: the release
 # the teacher in the final table: the best of a sweep (sample.py --sweep)
 teacher_steps = 16     # most steps of the table; it also shows 1 and 4
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
-teacher_gumbel = 2.0   # Gumbel temperature of the confidence, falling to 0
+teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the three networks
 bench = False          # time 20 steps and stop
@@ -162,7 +162,7 @@ if __name__ == '__main__':
             return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
 
     def update():
-        """One Di[M]O step (Alg. 1): generator and auxiliary update -> the numbers for the log."""
+        """One Di[M]O step: generator and auxiliary update -> the numbers for the log."""
         falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
         set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
         generator.zero_grad()

@@ -267,7 +267,7 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
 
 def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
     """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
-    Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, Alg. 1)."""
+    Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step generator)."""
     B = len(cond[0] if isinstance(cond, tuple) else cond)
     device = next(generator.parameters()).device
     x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
@@ -287,7 +287,7 @@ def log_probs(logits):
 
 def jeffreys(teacher_logits, aux_logits, mask, beta):
     """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher), summed over masked
-    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457, Eq. 8)."""
+    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457, generalized Jeffrey divergence)."""
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     forward = (log_p.exp() * (log_p - log_q)).sum(-1)                        # KL(teacher || aux), (B, N)
     reverse = (log_q.exp() * (log_q - log_p)).sum(-1)                        # KL(aux || teacher)
@@ -497,7 +497,7 @@ if __name__ == '__main__':
             mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
             with autocast:
                 logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
-            loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only (MaskGIT Eq. 1)
+            loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only, as MaskGIT
             loss.backward()
         average_gradients(net.parameters(), accumulate * world)
         norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)

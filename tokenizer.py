@@ -48,8 +48,8 @@ n_res = 1              # residual blocks per level; VQGAN 2
 n_codes = 128          # codebook size V; VQGAN 1024
 code_dim = 8           # numbers per code
 # training
-steps = 400            # updates
-warmup_free = 80       # first updates without quantisation, after which the codebook is set from encoder outputs
+steps = 600            # updates
+warmup_free = 100      # first updates without quantisation, after which the codebook is set from encoder outputs
 batch_size = 64        # images per update, all processes together
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 lr = 2e-3              # AdamW, falls to a tenth along a cosine
