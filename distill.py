@@ -2,9 +2,9 @@
 Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many steps into a generator of one.
 
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
-losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates, one
-auxiliary pass both losses, 8 forward-equivalents per step instead of 10 (--reuse=false restores the released order).
-No real data enters: the loop sees captions, the teacher, and its own samples.
+losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
+one auxiliary pass both losses, 8 forward-equivalents per step instead of 10 (--reuse=false: the released order). No
+real data enters: the loop sees captions, the teacher, and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
@@ -26,7 +26,7 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, average_gradien
                    guided_logits, jeffreys, load_checkpoint, make_optimizers, mask_ratio, mask_tokens, one_step,
                    progress, random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
                    save_checkpoint, save_grid, set_rate, show_table, split_batch, start_processes, surrogate,
-                   token_entropy, word_ids)
+                   token_entropy, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -108,6 +108,8 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
+    if n_eval < 4:
+        raise SystemExit(f'distill.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
     out = os.path.join(out_dir, 'distill.pt')
     if rank == 0 and not teacher_ckpt:
         train_missing(data, out_dir, seed)
@@ -239,11 +241,12 @@ if __name__ == '__main__':
             smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
         step += 1
         bar.update()
-        if step % log_every == 0 and rank == 0:
+        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
             for name, norm in (('generator', numbers['norm_generator']), ('aux', numbers['norm_aux'])):
                 if not torch.isfinite(norm):
                     raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
                                      'The last checkpoint is good: --resume continues from it.')
+        if step % log_every == 0 and rank == 0:
             entropy, top = token_entropy(logits)
             row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top}.items()}
             row = dict(step=step, **row)
@@ -267,7 +270,7 @@ if __name__ == '__main__':
             pictures.append(drawn[:16])
         show_table(entries)
         save_grid(f'{out_dir}/distill.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
-        with open(f'{out_dir}/distill.json', 'w') as file:
+        with writing(f'{out_dir}/distill.json'), open(f'{out_dir}/distill.json', 'w') as file:
             json.dump(dict(config=config, rows=entries), file, indent=1)
         print(f'table: {out_dir}/distill.json, picture: {out_dir}/distill.png, samples: python sample.py --ckpt {out}')
     if world > 1:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, check, configure, draw,
                        factors, is_rank0, load_checkpoint, parse_caption, progress, report_bench, restore, rng_for,
                        same_weights, save_checkpoint, save_grid, split_batch, start_processes, timed, token_data,
-                       word_ids)
+                       word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -287,7 +287,7 @@ def log_probs(logits):
 
 def jeffreys(teacher_logits, aux_logits, mask, beta):
     """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher), summed over masked
-    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457, generalized Jeffrey divergence)."""
+    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457)."""
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     forward = (log_p.exp() * (log_p - log_q)).sum(-1)                        # KL(teacher || aux), (B, N)
     reverse = (log_q.exp() * (log_q - log_p)).sum(-1)                        # KL(aux || teacher)
@@ -530,10 +530,11 @@ if __name__ == '__main__':
         smooth = loss if step == 0 else torch.lerp(smooth, loss, 0.02)
         step += 1
         bar.update()
-        if step % log_every == 0 and rank == 0:
+        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
             if not torch.isfinite(norm):
                 raise SystemExit(f'step {step}: the gradient of the teacher is not finite; lower --lr. '
                                  'The last checkpoint is good: --resume continues from it.')
+        if step % log_every == 0 and rank == 0:
             row = dict(step=step, loss=round(smooth.item(), 4), norm=round(norm.item(), 4))
             bar.set_postfix(row, refresh=False)
             log.write(row)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from model import (MDM, Images, Reference, Tokenizer, configure, load_checkpoint, one_step, render, restore,
-                   sample_teacher, save_grid, show_table, start_processes, word_ids)
+                   sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
@@ -51,7 +51,8 @@ def choose_captions(prompt, label, n, words, prompts):
     if label:
         names = [w for w in words if w == label] or [w for k, w in enumerate(words) if str(k) == label]
         if not names:
-            raise SystemExit(f'sample.py: --label={label!r} is no class of this model; try one of {", ".join(words[:40])}')
+            raise SystemExit(f'sample.py: --label={label!r} is no class of this model; '
+                             f'try one of {", ".join(words[:40])}')
         return names * n
     if prompt:
         return [prompt] * n
@@ -61,12 +62,13 @@ def choose_captions(prompt, label, n, words, prompts):
 
 def write_pngs(folder, images, captions):
     """One PNG per image, 00000.png ..., and captions.txt with one line each."""
-    os.makedirs(folder, exist_ok=True)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    for k, array in enumerate(pixels):
-        Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
-    with open(os.path.join(folder, 'captions.txt'), 'w', encoding='utf-8') as file:
-        file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
+    names = os.path.join(folder, 'captions.txt')
+    with writing(names):
+        for k, array in enumerate(pixels):
+            Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
+        with open(names, 'w', encoding='utf-8') as file:
+            file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
 
 
 # -----------------------------------------------------------------------------
@@ -76,8 +78,8 @@ if __name__ == '__main__':
     _, world, device, autocast = start_processes()
     if world > 1:
         raise SystemExit('sample.py: runs as one process; start it with python, not torchrun')
-    if weights not in ('ema', 'net') or n < 1 or n_metrics < 2 or tau <= 0 or not 0 <= top_p <= 1:
-        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 2, --tau > 0 and '
+    if weights not in ('ema', 'net') or n < 1 or n_metrics < 4 or tau <= 0 or not 0 <= top_p <= 1:
+        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 4, --tau > 0 and '
                          '0 <= --top_p <= 1')
     state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
@@ -130,7 +132,7 @@ if __name__ == '__main__':
         for task, share in entries[-1].get('tasks', {}).items():
             print(f'  {task:14s} {share:.3f}   (real {entries[0]["tasks"][task]:.3f})')
         path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}.json'
-        with open(path, 'w') as file:
+        with writing(path), open(path, 'w') as file:
             json.dump(dict(ckpt=ckpt, step=state['step'], seed=seed, rows=entries), file, indent=1)
         print(f'-> {path}')
         raise SystemExit

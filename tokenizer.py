@@ -11,6 +11,7 @@ $ python tokenizer.py --data=my_images         # your folder: sub-folders are cl
 $ torchrun --nproc_per_node=8 tokenizer.py --data=my_images --image_size=64 --batch_size=512
 Expected: reconstruction error below 0.02 (mean absolute, images in [-1, 1]) and more than 90 % of the codes in use.
 """
+import contextlib
 import difflib
 import hashlib
 import json
@@ -360,7 +361,6 @@ def token_data(images, tokenizer, folder, device, batch=256):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     path = os.path.join(folder, f'tokens-{digest.hexdigest()[:16]}.npy')
     if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
         rows = []
         bar = progress(images.length, 'encoding images')
         for i in range(0, images.length, batch):
@@ -374,9 +374,10 @@ def token_data(images, tokenizer, folder, device, batch=256):
             print(f'{len(images.bad)} of {images.length} files were skipped')
         if not rows:
             raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
-        with open(path + f'.{os.getpid()}.tmp', 'wb') as file:
-            np.save(file, np.concatenate(rows))
-        os.replace(file.name, path)
+        with writing(path):
+            with open(path + f'.{os.getpid()}.tmp', 'wb') as file:
+                np.save(file, np.concatenate(rows))
+            os.replace(file.name, path)
     return np.load(path, mmap_mode='r')
 
 
@@ -532,16 +533,18 @@ def configure(g, argv=None):
     Takes --key=value, --key value and, for a bool, a bare --key; dashes equal underscores; --help prints the block.
     Exits with one line on an unknown key, a wrong type or a stray word."""
     name = os.path.basename(g.get('__file__', 'script'))
-    keys = [k for k, v in g.items() if type(v) in (bool, int, float, str) and k[0] != '_' and k == k.lower()]
+    keys = [k for k, v in g.items() if type(v) in (bool, int, float, str) and k[0] != '_'
+            and (k == k.lower() or len(k) == 1)]                                         # SIZE is a constant, D is not
     whole = lambda s: int(float(s)) if not s.lstrip('+-').isdigit() and float(s).is_integer() else int(s)
     truth = lambda s: {'true': True, '1': True, 'false': False, '0': False}[s.lower()]
     convert = {bool: truth, int: whole, float: float, str: str}
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, defaults = list(sys.argv[1:] if argv is None else argv), dict(g)
     while words:
         word = words.pop(0)
         if word in ('--help', '-h'):
             source = open(g['__file__'], encoding='utf-8').read()
-            raise SystemExit(f'{g["__doc__"].strip()}\n\nSettings (--name=value):\n{source.split(RULE)[1].strip()}')
+            print(f'{g["__doc__"].strip()}\n\nSettings (--name=value):\n{source.split(RULE)[1].strip()}')
+            raise SystemExit(0)
         if not word.startswith('--') or len(word) < 3:
             raise SystemExit(f'{name}: stray word {word!r}; settings look like --name=value')
         key, equals, text = word[2:].partition('=')
@@ -557,12 +560,12 @@ def configure(g, argv=None):
             elif words and not words[0].startswith('--'):
                 text = words.pop(0)
             else:
-                raise SystemExit(f'{name}: --{key} needs a value, as in --{key}={g[key]}')
+                raise SystemExit(f'{name}: --{key} needs a value, as in --{key}={defaults[key]}')
         try:
             g[key] = convert[kind](text)
         except (ValueError, KeyError, OverflowError):
             wanted = 'true, false, 1 or 0' if kind is bool else f'a value of type {kind.__name__}'
-            raise SystemExit(f'{name}: --{key} takes {wanted} (default {g[key]!r}), not {text!r}') from None
+            raise SystemExit(f'{name}: --{key} takes {wanted} (default {defaults[key]!r}), not {text!r}') from None
     return {k: g[k] for k in keys}
 
 
@@ -651,24 +654,33 @@ def previous(path):
     return f'{os.path.splitext(path)[0]}.prev{os.path.splitext(path)[1]}'
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Make the folder of `path`; inside, a full disk or a missing permission ends the program with one line."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:                                             # torch.save raises the latter
+        raise SystemExit(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; '
+                         'free some space or permissions, or choose another folder with --out_dir=...') from None
+
+
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
     kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(temporary, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(path):
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+        with writing(path):
+            with open(temporary, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.exists(path):
+                os.replace(path, previous(path))
+            os.replace(temporary, path)
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise SystemExit(f'cannot write {path}: {error}. Earlier checkpoints are untouched; free some space or '
-                         'permissions, or choose another folder with --out_dir=...') from None
 
 
 def load_checkpoint(path, stage='', hint='', fallback=False):
@@ -712,13 +724,12 @@ class Log:
 
     def __init__(self, checkpoint, step):
         self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
-        os.makedirs(os.path.dirname(self.path) or '.', exist_ok=True)
         lines = open(self.path).readlines() if step and os.path.exists(self.path) else []
-        with open(self.path, 'w') as file:  # drop what a crash left behind
+        with writing(self.path), open(self.path, 'w') as file:  # drop what a crash left behind
             file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
 
     def write(self, row):
-        with open(self.path, 'a') as file:
+        with writing(self.path), open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
 
 
@@ -736,8 +747,8 @@ def save_grid(path, images, captions=(), columns=8, scale=3):
         if len(captions):
             text = '\n'.join(textwrap.wrap(captions[k], width // 6)[:3])
             pen.text((x, y + tile.height + 1), text, fill='black', font_size=9, spacing=0)
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    sheet.save(path)
+    with writing(path):
+        sheet.save(path)
 
 
 def progress(total, desc, initial=0):
@@ -870,10 +881,11 @@ if __name__ == '__main__':
         error, vq, norm = update()
         step += 1
         bar.update()
-        if step % log_every == 0 and rank == 0:
+        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
             if not torch.isfinite(norm):
                 raise SystemExit(f'step {step}: the gradient of the tokenizer is not finite; lower --lr. '
                                  'The last checkpoint is good: --resume continues from it.')
+        if step % log_every == 0 and rank == 0:
             row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5), norm=round(norm.item(), 4),
                        used=int((usage > 0).sum()))
             bar.set_postfix(row, refresh=False)
