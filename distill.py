@@ -39,7 +39,7 @@ log_every = 25         # steps between log lines
 save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
 n_eval = 2000          # images behind each row of the final table
 # Di[M]O
-steps = 1000           # generator updates
+steps = 1600           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 3e-4    # Adam; paper 1e-5 on everything (174 M parameters)
@@ -53,13 +53,13 @@ cooldown = 0.4         # last share of the steps over which the rates fall to 5 
 clip = 1.0             # largest gradient norm, each network; paper 1
 r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
-beta = 0.3             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
+beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.5           # further share of re-maskings at t = 1, where global choices are judged; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
-ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
+ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 reuse = True           # one generator pass for both updates; False: the released order, a fresh pass for the auxiliary
 # the teacher in the final table: the best of a sweep (sample.py --sweep)
@@ -159,7 +159,7 @@ if __name__ == '__main__':
 
     def draw_batch(rng):
         """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
-        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng)].to(device)
+        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()].to(device)
         with autocast:
             return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
 
@@ -171,7 +171,7 @@ if __name__ == '__main__':
         aux.zero_grad()
         # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits
         for k in range(accumulate):
-            rng = rng_for(seed, step, rank * accumulate + k)
+            rng = rng_for(seed, step, rank * accumulate + k, device)
             cond, logits, tokens = draw_batch(rng)
             x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
             with torch.no_grad(), autocast:
@@ -187,7 +187,7 @@ if __name__ == '__main__':
         if not reuse:
             norm = finish(0)
             for k in range(accumulate):
-                rng = rng_for(seed, step, ('fresh', rank * accumulate + k))
+                rng = rng_for(seed, step, ('fresh', rank * accumulate + k), device)
                 with torch.no_grad():
                     cond, _, tokens = draw_batch(rng)
                 x_t, mask2 = remask(tokens, generator.mask_id, schedule, rng, p_full)

@@ -489,9 +489,9 @@ if __name__ == '__main__':
         set_rate(optimizers, min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         net.zero_grad()
         for k in range(accumulate):
-            rng = rng_for(seed, step, rank * accumulate + k)
-            index = torch.randint(len(dataset), (micro,), generator=rng).sort().values
-            rows = torch.from_numpy(dataset[index.numpy()])
+            rng = rng_for(seed, step, rank * accumulate + k, device)
+            index = torch.randint(len(dataset), (micro,), generator=rng, device=device).sort().values
+            rows = torch.from_numpy(dataset[index.cpu().numpy()])
             tokens, cond = rows.long().to(device).split([N, T], 1)
             cond = torch.where(random_numbers((micro, 1), rng, device) < p_drop, net.null(cond), cond)
             mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
