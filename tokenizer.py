@@ -187,7 +187,7 @@ def look(images):
     for k, (i, (image, rows, columns)) in enumerate(boxes):
         row, column = (rows.start + rows.stop) // 2, (columns.start + columns.stop) // 2  # centre of the bounding box
         window = (slice(at + CELL // 2, at + 3 * CELL // 2) for at in (row, column))
-        crops[k] = padded[image.start, *window] == i
+        crops[k] = padded[(image.start, *window)] == i
         part = nearest[image.start, rows, columns][label[image.start, rows, columns] == i]
         found['image'][k], found['color'][k] = image.start, np.bincount(part).argmax()
         found['row'][k], found['column'][k] = row, column
