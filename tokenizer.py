@@ -856,6 +856,9 @@ if __name__ == '__main__':
         # Save, show, stop
         ending = step == steps or stop.now(step, device)
         if step and (step % save_every == 0 or ending):
+            if world > 1:  # an equal share for each process
+                dist.all_reduce(usage)
+                usage /= world
             if rank == 0:
                 save_checkpoint(out, dict(stage='tokenizer', step=step, config=config, args=net.config,
                                           net=net.state_dict(), optimizer=optimizer.state_dict(), usage=usage))
