@@ -44,7 +44,7 @@ steps = 1500           # updates
 batch_size = 64        # images per update, all processes together; MaskGIT 256
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along a cosine; MaskGIT 1e-4 on everything
-muon_lr = 0.02         # Muon on the matrices of the trunk, twice as fast per step as AdamW here; 0 = AdamW only
+muon_lr = 0.02         # Muon on the matrices of the trunk: a third of AdamW's steps here; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
 schedule = 'arccos'    # law of the mask ratio: arccos or cosine
 p_drop = 0.1           # share of captions replaced by the null condition, for guidance
