@@ -9,7 +9,7 @@ $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue s
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
-Expected: a grid of 32 images in about 5 seconds on 2 CPU cores.
+Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json
 import os
