@@ -12,7 +12,6 @@ $ python distill.py --steps=20 --n_eval=200             # smoke test, seconds on
 $ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
 """
-import json
 import os
 import subprocess
 import sys
@@ -20,13 +19,12 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, average_gradients, configure, dimo_grad, ema_update,
-                   guided_logits, jeffreys, load_checkpoint, make_optimizers, mask_ratio, mask_tokens, one_step,
-                   progress, random_numbers, render, report_bench, restore, rng_for, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, set_rate, show_table, split_batch, start_processes, surrogate,
-                   token_entropy, word_ids, writing)
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, configure, dimo_grad,
+                   ema_update, final_table, guided_logits, jeffreys, load_checkpoint, make_optimizers, one_step,
+                   progress, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher,
+                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, token_entropy,
+                   word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -53,6 +51,7 @@ cooldown = 0.4         # last share of the steps over which the rates fall to 5 
 clip = 1.0             # largest gradient norm, each network; paper 1
 r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
+shared_noise = False   # one noise vector per image, the same at every position; paper False
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
@@ -70,22 +69,6 @@ teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 compile = False        # torch.compile the three networks
 bench = False          # time 20 steps and stop
 # -----------------------------------------------------------------------------
-# This stage's losses (the equations are in model.py)
-
-def remask(tokens, mask_id, schedule, rng, p_full=0.0):
-    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule,
-    or t = 1 with probability p_full."""
-    u, full = random_numbers((2, len(tokens)), rng, tokens.device)
-    t = mask_ratio(u, schedule).masked_fill(full < p_full, 1.0)
-    mask = mask_tokens(tokens, t, rng)
-    return tokens.masked_fill(mask, mask_id), mask
-
-
-def aux_loss(aux_logits, tokens, mask, label_smoothing):
-    """The auxiliary model learns to be the generator's own masked diffusion model: cross-entropy of its logits
-    (B, N, V) on the generated tokens (B, N), at masked positions."""
-    return F.cross_entropy(aux_logits[mask].float(), tokens[mask], label_smoothing=label_smoothing)
-
 
 def train_missing(data, out_dir, seed):
     """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
@@ -161,7 +144,7 @@ if __name__ == '__main__':
         """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
         cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()].to(device)
         with autocast:
-            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
+            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
 
     def update():
         """One Di[M]O step: generator and auxiliary update -> the numbers for the log."""
@@ -212,7 +195,8 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng)[1]
+    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng,
+                                         shared_noise=shared_noise)[1]
     many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
     teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
@@ -256,22 +240,9 @@ if __name__ == '__main__':
 
     # The table
     if rank == 0 and step >= steps:
-        captions, real = reference.prompts(n_eval)
-        cond, entries = conditions(captions), []
-        rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
-        for name, images in (('real images', real), ('tokenizer reconstruction', rebuilt)):
-            entries.append(dict(name=name, passes=0, ms=0.0, **reference.measure(images, captions)))
-        pictures = [real[:16]]
-        rows = [(f'teacher, {n} steps', n, many_steps(n)) for n in sorted({1, min(4, teacher_steps), teacher_steps})]
-        for name, n, sample in rows + [('student, 1 step', 1, student)]:
-            drawn, ms = render(sample, tokenizer, cond, seed)
-            passes = 2 * n if n > 1 and teacher_cfg != 1 else 1
-            entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **reference.measure(drawn, captions)))
-            pictures.append(drawn[:16])
-        show_table(entries)
-        save_grid(f'{out_dir}/distill.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
-        with writing(f'{out_dir}/distill.json'), open(f'{out_dir}/distill.json', 'w') as file:
-            json.dump(dict(config=config, rows=entries), file, indent=1)
-        print(f'table: {out_dir}/distill.json, picture: {out_dir}/distill.png, samples: python sample.py --ckpt {out}')
+        samplers = {f'teacher, {n} steps': (2 * n if n > 1 and teacher_cfg != 1 else 1, many_steps(n))
+                    for n in sorted({1, min(4, teacher_steps), teacher_steps})}
+        final_table(out[:-3], {**samplers, 'student, 1 step': (1, student)}, tokenizer, reference, conditions, n_eval,
+                    seed, config)
     if world > 1:
         dist.destroy_process_group()

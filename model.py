@@ -12,6 +12,7 @@ $ python model.py --data=my_images              # your folder, with the tokenize
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
 """
+import json
 import math
 import os
 
@@ -130,13 +131,11 @@ class MDM(nn.Module):
                 states.append(h[:, :self.L])
         return states
 
-    def forward(self, x, cond, sigma=0.0, rng=None):
+    def forward(self, x, cond, sigma=0.0, rng=None, shared_noise=False):
         """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without a mask entry.
-        `sigma` mixes noise into the token embeddings: sqrt(1 - sigma^2) e + sigma n (Di[M]O, arXiv 2503.15457)."""
+        `sigma` mixes noise into the token embeddings (`add_noise`), not into the condition."""
         emb = x if self.is_embedding(x) else self.embed(x)
-        if sigma > 0:
-            n = random_numbers(emb.shape, rng, emb.device, normal=True)
-            emb = math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
+        emb = add_noise(emb, sigma, rng, shared_noise)
         h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
         return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias         # the tied row V, the mask, is dropped
 
@@ -204,6 +203,24 @@ def init_tokens(B, N, V, r_init, rng=None, device='cpu'):
     return codes.masked_fill(random_positions((B, N), round(r_init * N), rng, device), V)
 
 
+def add_noise(emb, sigma, rng=None, shared=False):
+    """sqrt(1 - sigma^2) e + sigma n for embeddings (B, L, D) (Di[M]O, arXiv 2503.15457, token initialisation).
+    `shared` (ours) draws one n per image, the same at every position: a latent that all tokens can agree on."""
+    if sigma == 0:
+        return emb
+    n = random_numbers((len(emb), 1, emb.shape[2]) if shared else emb.shape, rng, emb.device, normal=True)
+    return math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
+
+
+def remask(tokens, mask_id, schedule, rng, p_full=0.0):
+    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule,
+    or t = 1 with probability p_full (Di[M]O, arXiv 2503.15457, one-step generator)."""
+    u, full = random_numbers((2, len(tokens)), rng, tokens.device)
+    t = mask_ratio(u, schedule).masked_fill(full < p_full, 1.0)
+    mask = mask_tokens(tokens, t, rng)
+    return tokens.masked_fill(mask, mask_id), mask
+
+
 # -----------------------------------------------------------------------------
 # Guidance and the samplers
 
@@ -265,16 +282,32 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
     return x
 
 
-def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
+def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0, shared_noise=False):
     """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
     Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step generator)."""
     B = len(cond[0] if isinstance(cond, tuple) else cond)
     device = next(generator.parameters()).device
     x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
-    logits = generator(x_init, cond, sigma, rng)
+    logits = generator(x_init, cond, sigma, rng, shared_noise)
     with torch.no_grad():
         tokens = categorical(filter_probs((logits.detach().float() / tau).softmax(-1), top_k, top_p), rng)
     return logits, tokens
+
+
+def relaxed(logits, relax='soft', tau=1.0, rng=None):
+    """A differentiable stand-in for the sampled tokens: logits (B, N, V) -> probabilities (B, N, V) for `MDM.embed`
+    or `Tokenizer.decode`. soft: softmax(z / tau), the expectation (Soft-Di[M]O, arXiv 2509.22925); gumbel: hard
+    Gumbel straight-through; st: a hard sample forward, the softmax backward."""
+    z = logits.float() / tau
+    if relax == 'gumbel':
+        z = z - torch.log(-torch.log(random_numbers(z.shape, rng, z.device).clamp(1e-9, 1 - 1e-7)))
+    probs = z.softmax(-1)                                                    # (B, N, V)
+    if relax == 'soft':
+        return probs
+    if relax not in ('gumbel', 'st'):
+        raise ValueError(f'unknown relaxation {relax!r}; expected soft, gumbel or st')
+    ids = probs.argmax(-1) if relax == 'gumbel' else categorical(probs.detach(), rng)
+    return F.one_hot(ids, z.shape[-1]).to(probs.dtype) + probs - probs.detach()
 
 
 # -----------------------------------------------------------------------------
@@ -307,6 +340,12 @@ def surrogate(logits, grad):
     """A loss whose gradient at the generator's logits z is `grad` / B; its *value* means nothing (log `jeffreys`).
     Summed over positions and codes, as in the released code."""
     return (logits.float() * grad.detach()).sum() / len(logits)
+
+
+def aux_loss(aux_logits, tokens, mask, label_smoothing=0.0):
+    """The auxiliary model learns to be the generator's own masked diffusion model: cross-entropy of its logits
+    (B, N, V) on the generated tokens (B, N), at masked positions (Di[M]O, arXiv 2503.15457, auxiliary update)."""
+    return F.cross_entropy(aux_logits[mask].float(), tokens[mask], label_smoothing=label_smoothing)
 
 
 def token_entropy(logits):
@@ -446,6 +485,27 @@ def render(sample, tokenizer, cond, seed, batch=250):
             images.append(tokenizer.decode(sample(part, image_rngs(seed, range(k, k + len(part))))).float().cpu())
     milliseconds = timed(run, 1, device) * 1000 / len(cond)
     return torch.cat(images), milliseconds
+
+
+def final_table(path, samplers, tokenizer, reference, conditions, n, seed, config):
+    """Measure n real images, their reconstruction and every sampler {name: (passes, sample(cond, rng) -> tokens)};
+    print the table and write path.json and path.png (16 images per row, the same captions in each column)."""
+    captions, real = reference.prompts(n)
+    device = next(tokenizer.parameters()).device
+    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
+    entries, pictures = [], [real[:16]]
+    for name, images in (('real images', real), ('tokenizer reconstruction', rebuilt)):
+        entries.append(dict(name=name, passes=0, ms=0.0, **reference.measure(images, captions)))
+    for name, (passes, sample) in samplers.items():
+        drawn, ms = render(sample, tokenizer, conditions(captions), seed)
+        entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **reference.measure(drawn, captions)))
+        pictures.append(drawn[:16])
+    show_table(entries)
+    save_grid(f'{path}.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
+    with writing(f'{path}.json'), open(f'{path}.json', 'w') as file:
+        json.dump(dict(config=config, rows=entries), file, indent=1)
+    print(f'table: {path}.json, picture: {path}.png, samples: python sample.py --ckpt {path}.pt')
+    return entries
 
 
 # -----------------------------------------------------------------------------

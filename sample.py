@@ -100,7 +100,8 @@ if __name__ == '__main__':
             with autocast:
                 if is_teacher:
                     return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p)
-                return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p)[1]
+                return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p,
+                                made['shared_noise'])[1]
         return draw
 
     def conditions(captions):

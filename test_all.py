@@ -420,6 +420,27 @@ def test_noise_has_the_stated_variance():
     noise = seen[0] - 0.8 * model.embed(ids)                                    # sqrt(1 - .6^2) = .8
     assert abs(noise.std() - 0.6) < 0.01 and abs(noise.mean()) < 0.01
 
+def test_shared_noise_is_one_vector_per_image():
+    emb = torch.zeros(3, 16, 24)
+    noisy = M.add_noise(emb, 0.5, torch.Generator().manual_seed(0), shared=True)
+    assert torch.equal(noisy, noisy[:, :1].expand_as(noisy)) and not torch.equal(noisy[0], noisy[1])
+
+def test_relaxations_are_probabilities_with_the_softmax_gradient():
+    logits = torch.randn(4, 5, 7, dtype=torch.float32, requires_grad=True)
+    soft = M.relaxed(logits, 'soft', 0.7)
+    assert torch.equal(soft, (logits / 0.7).softmax(-1))
+    weight = torch.randn(4, 5, 7)
+    for kind in ('gumbel', 'st'):
+        x = M.relaxed(logits, kind, 0.7, torch.Generator().manual_seed(1))
+        assert torch.allclose(x.max(-1).values, torch.ones(4, 5)) and torch.allclose(x.sum(-1), torch.ones(4, 5))
+        assert (torch.autograd.grad((x * weight).sum(), logits)[0] != 0).all()
+    hard = torch.autograd.grad((M.relaxed(logits, 'st', 0.7) * weight).sum(), logits)[0]
+    assert torch.allclose(hard, torch.autograd.grad((soft * weight).sum(), logits)[0])
+    many = torch.stack([M.relaxed(logits[:1, :1].detach(), kind).argmax(-1) for kind in ['gumbel'] * 4000]).flatten()
+    share, truth = torch.bincount(many, minlength=7) / 4000, logits[0, 0].detach().softmax(-1)
+    assert (share - truth).abs().max() < 5 * (0.25 / 4000) ** 0.5              # Gumbel-max draws from the softmax
+    exits_with(lambda: M.relaxed(logits, 'hard'), 'unknown relaxation', 'soft, gumbel or st')
+
 def test_blocks_are_pre_norm_or_post_norm():
     x = torch.randn(2, 7, 24)
     pre, post = (M.Block(24, 2, 48, post_norm, 1e-5) for post_norm in (False, True))
@@ -543,7 +564,7 @@ def test_surrogate_hands_its_gradient_to_the_logits():
 def test_auxiliary_loss_counts_masked_positions_only():
     logits, tokens = torch.randn(2, 16, 12, requires_grad=True), torch.randint(12, (2, 16))
     mask = M.mask_tokens(tokens, torch.tensor([0.3, 0.7]))
-    loss = distill.aux_loss(logits, tokens, mask, 0.0)
+    loss = M.aux_loss(logits, tokens, mask, 0.0)
     brute = -(logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask).sum() / mask.sum()
     assert torch.allclose(loss, brute)
     loss.backward()
@@ -551,16 +572,16 @@ def test_auxiliary_loss_counts_masked_positions_only():
 
 def test_remasking_hides_masked_tokens_only():
     tokens = torch.randint(12, (200, 16))
-    x_t, mask = distill.remask(tokens, 12, 'arccos', torch.Generator().manual_seed(0))
+    x_t, mask = M.remask(tokens, 12, 'arccos', torch.Generator().manual_seed(0))
     assert (x_t[mask] == 12).all() and torch.equal(x_t[~mask], tokens[~mask])
     assert 0.5 < mask.float().mean() < 0.8                                     # 2 / pi on average
-    assert distill.remask(tokens, 12, 'arccos', None, p_full=1.0)[1].all()
+    assert M.remask(tokens, 12, 'arccos', None, p_full=1.0)[1].all()
 
 def test_gradients_flow_from_one_step_to_the_generator_only():
     generator, teacher = small_model(), small_model().requires_grad_(False)
     cond = torch.randint(5, (4, 3))
     logits, tokens = M.one_step(generator, cond, 0.6, 0.3)
-    x_t, mask = distill.remask(tokens, 12, 'arccos', None)
+    x_t, mask = M.remask(tokens, 12, 'arccos', None)
     grad = M.dimo_grad(M.guided_logits(teacher, x_t, cond, 2.0), generator(x_t, cond).detach(), mask, 0.0)
     M.surrogate(logits, grad).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in generator.parameters())
