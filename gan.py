@@ -1,0 +1,343 @@
+"""
+Stage 2a, Soft-Di[M]O (arXiv 2509.22925): refine the one-step generator with a GAN, past its own teacher.
+
+The generator's logits enter the frozen teacher as soft embeddings, so a discriminator of light heads on the teacher's
+features sends gradients back to the generator; the Di[M]O surrogate stays on as the regulariser. This is the first
+stage that sees data. Left out against the paper's description: nothing known (no code was released). Against other
+GANs on frozen features: no R1 penalty, no augmentation, no batch statistics. One generator pass serves all updates;
+one pass of the teacher over real and fake serves both players.
+
+$ python gan.py                                         # after distill.py; about 8 minutes on 2 CPU cores
+$ python gan.py --steps=20 --n_eval=200                 # smoke test
+$ python gan.py --relax=st                              # hard samples forward, soft gradients backward
+$ torchrun --nproc_per_node=8 gan.py --batch_size=1024 --generator_muon=0 --aux_muon=0 --generator_lr=1e-6
+Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, both, configure,
+                   dimo_grad, ema_update, final_table, frechet_distance, guided_logits, image_rngs, jeffreys,
+                   load_checkpoint, make_optimizers, one_step, progress, random_numbers, random_positions, relaxed,
+                   remask, render, report_bench, restore, rng_for, same_weights, sample_teacher, save_checkpoint,
+                   save_grid, set_rate, split_batch, start_processes, surrogate, token_data, token_entropy,
+                   toy_features, word_ids)
+
+# -----------------------------------------------------------------------------
+# I/O
+init = ''              # generator to start from, '' = out_dir/distill.pt; any distill.pt, gan.pt or reward.pt
+out_dir = 'out'        # model.pt is found here; gan.pt, log and pictures go here
+teacher_ckpt = ''      # another teacher than out_dir/model.pt
+resume = False         # continue from out_dir/gan.pt to the same bits
+seed = 0               # every random number of the run follows from it
+log_every = 50         # steps between log lines
+save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+n_eval = 2000          # images behind each row of the final table
+# GAN
+relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
+tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
+w_gan = 20.0           # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
+w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
+r_max = 0.95           # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
+hinge = False          # hinge losses; False = non-saturating, as in the paper
+disc_lr = 5e-4         # AdamW on the heads, betas (0, .99); 10 to 100 times the generator's rate
+disc_warmup = 50       # steps in which only the discriminator learns the game, before w_gan counts
+disc_width = 256       # width of a head, at most the teacher's
+spectral = False       # spectral norm on the heads' linear layers
+# Di[M]O
+steps = 800            # generator updates
+batch_size = 32        # images per update, all processes together; paper 64
+micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+generator_lr = 2e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
+aux_lr = 1e-3          # Adam; the auxiliary model must follow the generator
+generator_muon = 0.002  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
+aux_muon = 0.01        # the same for the auxiliary model
+beta1 = 0.9            # Adam
+beta2 = 0.99           # Adam; paper .999
+weight_decay = 0.0     # paper .01 in the long MaskBit run
+warmup = 50            # steps of linear warm-up; paper 100
+cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
+clip = 1.0             # largest gradient norm, each network; paper 1
+beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL
+cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
+tau = 1.0              # temperature of the one-step sample
+schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
+p_full = 0.5           # further share of re-maskings at t = 1; paper 0
+label_smoothing = 0.0  # in the auxiliary loss; released code .1
+ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
+freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
+# the teacher in the final table
+teacher_steps = 16     # steps of the teacher
+teacher_cfg = 2.0      # guidance at the last step, rising from 1
+teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
+# system
+compile = False        # torch.compile the three networks
+bench = False          # time 20 steps and stop
+# -----------------------------------------------------------------------------
+# The discriminator and its losses
+
+def head_layers(depth):
+    """Blocks that carry a head, counted from 1: three below depth 12, else four, evenly spaced up to the last."""
+    n = 3 if depth < 12 else 4
+    return sorted({math.ceil(depth * k / n) for k in range(1, n + 1)})
+
+
+class Head(nn.Module):
+    """One light head: hidden states (B, L, D), conditions (B, C) -> a logit per token (B, L). Neighbouring tokens are
+    mixed by a depthwise 3x3 convolution; the condition enters as a projection (Miyato & Koyama 2018), from zero."""
+
+    def __init__(self, D, width, L, C, spectral):
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm if spectral else lambda layer: layer
+        self.grid = math.isqrt(L)
+        if self.grid ** 2 != L:
+            raise ValueError(f'the heads mix tokens on a square grid; {L} tokens are none')
+        self.enter, self.join = norm(nn.Linear(D, width)), norm(nn.Linear(width, width))
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.leave, self.score = norm(nn.Linear(width, 64)), nn.Linear(64, 1)
+        self.condition = nn.Linear(C, 64)                                    # outside spectral norm: 0 / 0
+        nn.init.zeros_(self.condition.weight)
+        nn.init.zeros_(self.condition.bias)
+
+    def forward(self, h, c):
+        h = F.leaky_relu(self.enter(F.layer_norm(h.float(), h.shape[-1:])), 0.2)         # (B, L, width)
+        mixed = self.mix(h.transpose(1, 2).unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
+        o = self.leave(F.leaky_relu((h + self.join(mixed)) / 2 ** 0.5, 0.2))             # (B, L, 64)
+        return self.score(o)[..., 0] + (o * self.condition(c)[:, None]).sum(-1) / 8
+
+
+class Discriminator(nn.Module):
+    """Heads on the frozen teacher's hidden states: D(emb_r, r) of Soft-Di[M]O (arXiv 2509.22925). `states` is a list
+    of (B, L, D), words (B, C) the flattened condition, r (B, 1) the masked share -> one logit per image (B,)."""
+
+    def __init__(self, D, L, layers, C, width, spectral):
+        super().__init__()
+        self.heads = nn.ModuleList([Head(D, min(D, width), L, C + 32, spectral) for _ in layers])
+
+    def forward(self, states, words, r):
+        angle = r * torch.exp(torch.linspace(0, math.log(1000), 16, device=r.device))   # (B, 16)
+        c = torch.cat([words.float(), angle.sin(), angle.cos()], 1)                      # (B, C + 32)
+        return torch.stack([head(h, c).mean(1) for head, h in zip(self.heads, states)]).mean(0)
+
+
+def disc_loss(real_logits, fake_logits, hinge):
+    """The discriminator's loss from logits (B,) each: softplus(-D(real)) + softplus(D(fake)), or hinge."""
+    if hinge:
+        return (F.relu(1 - real_logits) + F.relu(1 + fake_logits)).mean()
+    return (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
+
+
+def gan_loss(fake_logits, hinge):
+    """The generator's loss: -log D(fake), non-saturating (Soft-Di[M]O, arXiv 2509.22925), or -D(fake) with hinge."""
+    return -fake_logits.mean() if hinge else F.softplus(-fake_logits).mean()
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    config = configure(globals())
+    rank, world, device, autocast = start_processes()
+    micro, accumulate = split_batch(batch_size, micro_batch, world)
+    if n_eval < 4:
+        raise SystemExit(f'gan.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
+    if relax not in ('soft', 'gumbel', 'st') or not 0 <= r_max <= 1:
+        raise SystemExit('gan.py: expected --relax=soft, gumbel or st, and 0 <= --r_max <= 1')
+    if not w_gan and not w_dimo:
+        raise SystemExit('gan.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
+    out, init = os.path.join(out_dir, 'gan.pt'), init or os.path.join(out_dir, 'distill.pt')
+    start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
+    teacher_path = teacher_ckpt or os.path.join(out_dir, 'model.pt')
+    packed = load_checkpoint(teacher_path, 'model', 'It is the teacher of distill.py; see --teacher_ckpt.', fallback=True)
+    for key in ('r_init', 'sigma_init', 'shared_noise'):                      # what the generator was made for
+        config[key] = start['config'][key]
+    r_init, sigma_init, shared_noise = (config[key] for key in ('r_init', 'sigma_init', 'shared_noise'))
+    tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
+    source = Images(start['data'], tokenizer.config['image_size'])
+    words, T = start['words'], start['args']['T']
+
+    # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), discriminator
+    teacher, generator, generator_ema, aux = (MDM(**start['args']).to(device) for _ in range(4))
+    restore(teacher, packed['ema'], teacher_path, 'ema')
+    for network, weights in ((generator, 'ema'), (generator_ema, 'ema'), (aux, 'aux')):
+        restore(network, start[weights], init, weights)
+    teacher.eval().requires_grad_(False)
+    generator_ema.eval().requires_grad_(False)
+    for network in (generator, aux):
+        for table in network.embedding_parameters() if freeze_tables else []:
+            table.requires_grad_(False)
+    layers = head_layers(len(teacher.blocks))
+    torch.manual_seed(seed)
+    disc = Discriminator(teacher.D, teacher.L, layers, T * teacher.D, disc_width, spectral).to(device)
+    trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux, disc)]
+    optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
+                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2)),
+                  make_optimizers(disc, 0, disc_lr, (0.0, 0.99))]
+    step, stop, smooth = 0, Stop(), {}
+    if resume:
+        state = load_checkpoint(out, 'gan', 'Start without --resume.', fallback=True)
+        for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
+            restore(network, state[name], out, name)
+        for optimizer, saved in zip(sum(optimizers, []), state['optimizers']):
+            optimizer.load_state_dict(saved)
+        step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
+    same_weights(generator, generator_ema, aux, disc)
+    if compile:
+        for network in (teacher, generator, aux):
+            network.compile()
+
+    # The printed plan
+    log = Log(out, step) if rank == 0 and not bench else None
+    dataset = token_data(source, tokenizer, out_dir, device)                  # (M, N + T): real tokens, their captions
+    reference = Reference(source)
+    shown, _ = reference.prompts(32)
+    if rank == 0:
+        print(f'generator {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '
+              f'{layers} {sum(p.numel() for p in disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images, {steps} '
+              f'updates of {batch_size} = {world} x {accumulate} x {micro}')
+
+    def finish(k):
+        """Average over processes, clip, step: network k -> its gradient norm."""
+        average_gradients(trained[k], accumulate * world)
+        norm = nn.utils.clip_grad_norm_(trained[k], clip)
+        for optimizer in optimizers[k]:
+            optimizer.step()
+        return norm
+
+    def update():
+        """One step of generator, auxiliary model and discriminator -> the numbers for the log, logits."""
+        falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
+        for network in (generator, aux, disc):
+            network.zero_grad()
+        numbers = {}
+        for k in range(accumulate):
+            rng = rng_for(seed, step, rank * accumulate + k, device)
+            index = torch.randint(len(dataset), (micro,), generator=rng, device=device).sort().values
+            rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(device)
+            real, cond = rows.split([generator.N, T], 1)                      # (B, N), (B, T)
+            with autocast:
+                logits, tokens = one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+            grad = torch.zeros_like(logits, dtype=torch.float32)              # of the whole loss at the logits, times B
+            # Di[M]O: the regulariser, and the auxiliary model's own loss
+            if w_dimo:
+                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
+                with torch.no_grad(), autocast:
+                    teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
+                with autocast:
+                    aux_logits = aux(x_t, cond)
+                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
+                psi_loss.backward()
+                grad += w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
+                numbers.update(aux_loss=psi_loss.detach(), grad_dimo=grad.norm() / micro)
+            # Discriminator: real hard and fake soft embeddings, masked alike, in one pass of the frozen teacher
+            if w_gan:
+                r = r_max * random_numbers((micro, 1), rng, device)           # (B, 1), r ~ U[0, r_max]
+                hidden = random_positions(real.shape, (r * generator.N).round(), rng, device)  # (B, N)
+                with autocast:
+                    fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)    # Soft-Di[M]O Eq. 3
+                    states = teacher.features(torch.cat([teacher.embed(real, hidden), fake_emb]), both(cond, cond), layers)
+                    c = teacher.cond_emb(cond).flatten(1)                     # (B, T D)
+                disc.train()
+                d_real, d_fake = disc([h.detach() for h in states], both(c, c), both(r, r)).chunk(2)
+                d_loss = disc_loss(d_real, d_fake, hinge)
+                d_loss.backward()
+                # Generator: the same features, the heads frozen; the gradient stops at the logits
+                disc.eval().requires_grad_(False)
+                g_loss = gan_loss(disc([h[micro:] for h in states], c, r), hinge)
+                gan_grad = torch.autograd.grad(g_loss, logits)[0].float() * micro
+                disc.requires_grad_(True)
+                grad += w_gan * (step >= disc_warmup) * gan_grad
+                numbers.update(d_loss=d_loss.detach(), g_loss=g_loss.detach(), d_real=d_real.detach().mean(),
+                               d_fake=d_fake.detach().mean(), acc_real=(d_real > 0).float().mean(),
+                               acc_fake=(d_fake < 0).float().mean(), grad_gan=w_gan * gan_grad.norm() / micro)
+            surrogate(logits, grad).backward()
+        numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()),
+                       norm_disc=finish(2) if w_gan else torch.zeros(()))
+        ema_update(generator_ema, generator, ema_decay, step)
+        if w_dimo and (step + 1) % log_every == 0:
+            numbers['divergence'] = jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
+        return numbers, logits.detach()
+
+    if bench:
+        step = disc_warmup
+        report_bench(update, batch_size, device, autocast)
+        raise SystemExit
+    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng,
+                                                          shared_noise=shared_noise)[1]
+    many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
+    conditions = lambda captions: word_ids(captions, words, T).to(device)
+    gap_cond = conditions(reference.prompts(250)[0])
+
+    @torch.no_grad()
+    def relaxation_gap():
+        """Toy FD between what the discriminator's side sees decoded, softmax(z), and hard samples of the same z."""
+        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, image_rngs(seed, range(250)),
+                                  shared_noise=shared_noise)
+        soft, hard = (toy_features(tokenizer.decode(x)) for x in (relaxed(logits, 'soft', tau_soft), tokens))
+        return frechet_distance(soft, hard)
+
+    teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
+    bar, warned, first = progress(steps, 'gan', step), set(), None
+    while True:
+        # Save, show, measure, stop
+        ending = step >= steps or stop.now(step, device)
+        if rank == 0 and (step % save_every == 0 or ending):
+            if step:
+                save_checkpoint(out, dict(
+                    stage='gan', step=step, config=config, args=generator.config, words=words, data=start['data'],
+                    prompts=start['prompts'], tokenizer=tokenizer.pack(), net=generator.state_dict(),
+                    ema=generator_ema.state_dict(), aux=aux.state_dict(), disc=disc.state_dict(), smooth=smooth,
+                    optimizers=[o.state_dict() for o in sum(optimizers, [])]))
+            grid, _ = render(one_pass(generator_ema), tokenizer, conditions(shown[:16]), seed)
+            save_grid(f'{out_dir}/gan-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
+            captions, _ = reference.prompts(min(500, n_eval))
+            row = reference.measure(render(one_pass(generator_ema), tokenizer, conditions(captions), seed)[0], captions)
+            bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
+                      f'({row["n"]} images), grid in {out_dir}/gan-{step:06d}.png')
+        if ending:
+            break
+        # -------------------------------------------------------------------------
+        numbers, logits = update()
+        for key in numbers.keys() - {'divergence', 'norm_generator', 'norm_aux', 'norm_disc'}:
+            smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
+        step += 1
+        bar.update()
+        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
+            for name in ('generator', 'aux', 'disc'):
+                if not torch.isfinite(numbers[f'norm_{name}']):
+                    raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
+                                     'The last checkpoint is good: --resume continues from it.')
+        if step % log_every == 0 and rank == 0:
+            entropy, top = token_entropy(logits)
+            row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top,
+                                                      'gap': relaxation_gap()}.items()}
+            log.write(dict(step=step, **row))
+            bar.set_postfix({k: row[k] for k in ('divergence', 'acc_real', 'acc_fake', 'entropy') if k in row},
+                            refresh=False)
+            first = first or row
+            if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8 and 'wins' not in warned:
+                warned.add('wins')
+                bar.write(f'step {step}: the discriminator is right in more than 90 % of the cases, so its gradient '
+                          'fades; lower --disc_lr, raise --r_max, or lower --w_gan if it oscillates')
+            if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap'] and 'sharp' not in warned:
+                warned.add('sharp')
+                bar.write(f'step {step}: the entropy has halved: compare the toy FD lines; if it does not fall, the '
+                          'generator only sharpens its logits: lower --w_gan, raise --r_max or try --relax=st')
+    bar.close()
+
+    # The table
+    if rank == 0 and step >= steps:
+        before = MDM(**start['args']).to(device).eval()
+        restore(before, start['ema'], init, 'ema')
+        passes = 2 * teacher_steps if teacher_cfg != 1 and teacher_steps > 1 else teacher_steps
+        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps), f'{start["stage"]}, 1 step': (1, one_pass(before)),
+                    'gan, 1 step': (1, one_pass(generator_ema))}
+        final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
+    if world > 1:
+        dist.destroy_process_group()
