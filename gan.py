@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, both, configure,
                    dimo_grad, ema_update, final_table, frechet_distance, guided_logits, image_rngs, jeffreys,
-                   load_checkpoint, make_optimizers, one_step, progress, random_numbers, random_positions, relaxed,
-                   remask, render, report_bench, restore, rng_for, same_weights, sample_teacher, save_checkpoint,
+                   load_checkpoint, make_optimizers, one_step, progress, random_numbers, random_positions, relaxation_bias,
+                   relaxed, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher, save_checkpoint,
                    save_grid, set_rate, split_batch, start_processes, surrogate, token_data, token_entropy,
                    toy_features, word_ids)
 
@@ -79,6 +79,7 @@ teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the three networks
 bench = False          # time 20 steps and stop
+bias = False           # print the bias of the soft embedding beside its bound for teacher, init and gan.pt, and stop
 # -----------------------------------------------------------------------------
 # The discriminator and its losses
 
@@ -158,7 +159,7 @@ if __name__ == '__main__':
         config[key] = start['config'][key]
     r_init, sigma_init, shared_noise = (config[key] for key in ('r_init', 'sigma_init', 'shared_noise'))
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
-    source = Images(start['data'], tokenizer.config['image_size'])
+    source = Images(start['data'], tokenizer.config['image_size'], packed['config']['n_images'])
     words, T = start['words'], start['args']['T']
 
     # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), discriminator
@@ -282,6 +283,25 @@ if __name__ == '__main__':
         soft, hard = (toy_features(tokenizer.decode(x)) for x in (relaxed(logits, 'soft', tau_soft), tokens))
         return frechet_distance(soft, hard)
 
+    if bias:
+        made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
+        if os.path.exists(out):
+            made_by['gan.pt'] = load_checkpoint(out, 'gan')
+        print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
+              'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
+        for name, state in made_by.items():
+            network = MDM(**start['args']).to(device).eval().requires_grad_(False)
+            restore(network, state['ema'], name, 'ema')
+            probs = one_step(network, gap_cond[:32], r_init, sigma_init, tau, image_rngs(seed, range(32)),
+                             shared_noise=shared_noise)[0].float().softmax(-1)
+            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.codebook.weight),
+                                   ('first block', lambda e: teacher.features(e, gap_cond[:32], [1])[0],
+                                    teacher.tok_emb.weight[:teacher.V])):
+                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', device)))
+                size = f(probs @ table).flatten(1).norm(dim=1).mean()
+                print(f'{name:34s}{what:18s}{token_entropy(probs.log())[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
+                      f'{gap / size:23.4f}')
+        raise SystemExit
     teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
     bar, warned, first = progress(steps, 'gan', step), set(), None
     while True:

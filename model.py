@@ -310,6 +310,22 @@ def relaxed(logits, relax='soft', tau=1.0, rng=None):
     return F.one_hot(ids, z.shape[-1]).to(probs.dtype) + probs - probs.detach()
 
 
+@torch.no_grad()
+def relaxation_bias(f, probs, table, rng=None, samples=32):
+    """What soft embeddings cost: |f(E[e]) - E[f(e)]| and its bound (Lip / 2) tr Cov(e) (Soft-Di[M]O, arXiv 2509.22925).
+    f: embeddings (B, N, d) -> (B, ...); probs (B, N, V); table (V, d) -> bias, bound, tr Cov(e), each (B,).
+    Lip, the Lipschitz constant of f's gradient, is the largest found on the segments from E[e] to `samples` draws."""
+    mean = probs @ table                                                     # E[e], (B, N, d)
+    trace = (probs @ table.square().sum(1) - mean.square().sum(-1)).sum(-1)  # tr Cov(e), (B,)
+    at_mean, bias, lip, h = f(mean).flatten(1), 0, torch.zeros_like(trace), 1e-2
+    for _ in range(samples):
+        d = table[categorical(probs, rng)] - mean
+        slope = (f(mean + h * d) - f(mean - h * d)).flatten(1) / (2 * h)     # J d, whose expectation is 0
+        rest = f(mean + d).flatten(1) - at_mean - slope                      # Taylor's remainder, <= Lip / 2 |d|^2
+        bias, lip = bias + rest / samples, torch.maximum(lip, 2 * rest.norm(dim=1) / d.square().sum((1, 2)))
+    return bias.norm(dim=1), lip / 2 * trace, trace
+
+
 # -----------------------------------------------------------------------------
 # The Di[M]O divergence
 

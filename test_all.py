@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import distill
+import gan
 import model as M
 import sample
 import tokenizer as T
@@ -43,8 +44,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 OFTEN = ['--batch_size=8', '--save_every=4', '--log_every=2']
 TINY = {'tokenizer.py': ['--ch=8', '--ch_mult=1,1,2', '--n_codes=32', '--steps=12', '--warmup_free=4'],
         'model.py': ['--D=32', '--depth=2', '--n_head=2', '--steps=8', '--n_images=256'],
-        'distill.py': ['--steps=12', '--n_eval=40', '--teacher_steps=3']}
-INPUTS = {'tokenizer.py': [], 'model.py': ['tokenizer.pt'], 'distill.py': ['tokenizer.pt', 'model.pt']}
+        'distill.py': ['--steps=12', '--n_eval=40', '--teacher_steps=3'],
+        'gan.py': ['--steps=12', '--n_eval=40', '--teacher_steps=3', '--disc_warmup=2', '--spectral']}
+INPUTS = {'tokenizer.py': [], 'model.py': ['tokenizer.pt'], 'distill.py': ['tokenizer.pt', 'model.pt'],
+          'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy']}
 ALONE = dict(os.environ, OMP_NUM_THREADS='1')
 KILL = """
 import os, signal, torch
@@ -96,16 +99,16 @@ def printed(call):
 
 @functools.cache
 def tiny_run():
-    """Tokenizer, teacher and student, trained once with the tiny settings -> (folder, what was printed)."""
+    """Every stage, trained once with the tiny settings -> (folder, {script: what it printed})."""
     tiny_run.keep = tempfile.TemporaryDirectory()
     folder = tiny_run.keep.name
-    return folder, [must_run(script, f'--out_dir={folder}') for script in TINY][-1]
+    return folder, {script: must_run(script, f'--out_dir={folder}') for script in TINY}
 
 def ready_for(script, folder):
     """A new folder with the files of the tiny run that `script` needs (they are replaced, never changed)."""
     os.makedirs(folder)
-    for name in INPUTS[script]:
-        os.link(f'{tiny_run()[0]}/{name}', f'{folder}/{name}')
+    for path in [path for name in INPUTS[script] for path in glob.glob(f'{tiny_run()[0]}/{name}')]:
+        os.link(path, f'{folder}/{os.path.basename(path)}')
     return folder
 
 
@@ -587,6 +590,74 @@ def test_gradients_flow_from_one_step_to_the_generator_only():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in generator.parameters())
     assert all(p.grad is None for p in teacher.parameters()) and not tokens.requires_grad
 
+
+
+# -----------------------------------------------------------------------------
+# The GAN stage
+
+def gan_parts(B=4):
+    """A frozen teacher, its discriminator, real tokens, conditions and a generator's logits."""
+    teacher = small_model(depth=4).requires_grad_(False)
+    layers = gan.head_layers(4)
+    disc = gan.Discriminator(teacher.D, teacher.L, layers, 3 * teacher.D, 16, True)
+    real, cond = torch.randint(12, (B, 16)), torch.randint(5, (B, 3))
+    judge = lambda x, r, mask: disc(teacher.features(teacher.embed(x, mask), cond, layers),
+                                    teacher.cond_emb(cond).flatten(1), r)
+    return teacher, disc, real, torch.randn(B, 16, 12, requires_grad=True), judge
+
+def test_heads_sit_on_evenly_spaced_blocks():
+    assert [gan.head_layers(d) for d in (4, 6, 12, 24)] == [[2, 3, 4], [2, 4, 6], [3, 6, 9, 12], [6, 12, 18, 24]]
+
+def test_gan_gradient_reaches_the_logits_and_never_the_teacher():
+    teacher, disc, real, logits, judge = gan_parts()
+    r, mask = torch.full((4, 1), 0.5), M.random_positions((4, 16), 8, None, 'cpu')
+    for relax in ('soft', 'gumbel', 'st'):
+        logits.grad = None
+        gan.gan_loss(judge(M.relaxed(logits, relax), r, mask), False).backward()
+        assert torch.equal(logits.grad.abs().sum(-1) > 0, ~mask), relax          # masked positions say nothing
+        assert all(p.grad is None for p in teacher.parameters())
+
+def test_real_equals_fake_where_everything_is_masked_or_the_fake_is_real():
+    teacher, disc, real, logits, judge = gan_parts()
+    disc.eval()
+    everything, nothing = torch.ones(4, 16, dtype=torch.bool), torch.zeros(4, 16, dtype=torch.bool)
+    one, one_hot = torch.ones(4, 1), F.one_hot(real, 12).float()
+    assert torch.equal(judge(real, one, everything), judge(logits.softmax(-1), one, everything))
+    a, b = judge(real, 0 * one, nothing), judge(one_hot, 0 * one, nothing)
+    assert torch.equal(a, b) and ((a > 0).float().mean() + (b < 0).float().mean()) / 2 == 0.5
+
+def test_discriminator_overfits_a_fixed_pair():
+    teacher, disc, real, logits, judge = gan_parts(8)
+    r, mask = torch.full((8, 1), 0.3), M.random_positions((8, 16), 5, None, 'cpu')
+    optimizer = torch.optim.AdamW(disc.parameters(), lr=5e-3, betas=(0.0, 0.99))
+    for _ in range(150):
+        d_real, d_fake = judge(real, r, mask), judge(logits.detach().softmax(-1), r, mask)
+        optimizer.zero_grad()
+        gan.disc_loss(d_real, d_fake, False).backward()
+        optimizer.step()
+    assert (d_real > 0).all() and (d_fake < 0).all()
+
+def test_gan_losses_have_their_closed_forms():
+    real, fake = torch.randn(6), torch.randn(6)
+    assert torch.allclose(gan.gan_loss(fake, False), -fake.sigmoid().log().mean())
+    assert torch.allclose(gan.disc_loss(real, fake, False), -(real.sigmoid().log() + (1 - fake.sigmoid()).log()).mean())
+    assert gan.disc_loss(torch.tensor([2.0]), torch.tensor([-2.0]), True) == 0 and gan.gan_loss(fake, True) == -fake.mean()
+
+def test_bias_of_soft_embeddings_obeys_its_bound():
+    rng, table = torch.Generator().manual_seed(0), torch.randn(12, 3, dtype=torch.float64)
+    probs = torch.randn(5, 2, 12, dtype=torch.float64).softmax(-1)
+    square = lambda e: e.square().sum((1, 2))[:, None]                           # Lip = 2: bias = tr Cov(e) exactly
+    bias, bound, trace = M.relaxation_bias(square, probs, table, rng, 4000)
+    brute = (probs * (table - (probs @ table)[:, :, None]).square().sum(-1)).sum((1, 2))
+    assert torch.allclose(trace, brute) and torch.allclose(bound, trace) and torch.allclose(bias, trace, rtol=0.1)
+    linear, _, _ = M.relaxation_bias(lambda e: e.flatten(1) @ torch.ones(6, 2).double(), probs, table, rng)
+    assert linear.abs().max() < 1e-9
+    model = small_model()
+    cond, soft = torch.zeros(5, 3, dtype=torch.long), torch.randn(5, 16, 12).softmax(-1)
+    block = lambda e: model.features(e, cond, [1])[0]
+    bias, bound, _ = M.relaxation_bias(block, soft, model.tok_emb.weight[:12], rng)
+    assert (0 < bias).all() and (bias <= bound).all()
+
 def test_ema_is_the_weighted_mean_and_starts_fast():
     for step, decay in ((10 ** 6, 0.9), (0, 0.1)):
         a, b = small_model(), small_model()
@@ -632,7 +703,7 @@ def test_precision_and_recall_of_known_sets():
 # Whole runs
 
 def test_distillation_ends_with_its_table_log_and_pictures():
-    folder, text = tiny_run()
+    folder, text = tiny_run()[0], tiny_run()[1]['distill.py']
     rows = json.load(open(f'{folder}/distill.json'))['rows']
     assert [r['name'].split(' step')[0] for r in rows] == [
         'real images', 'tokenizer reconstruction', 'teacher, 1', 'teacher, 3', 'student, 1']
@@ -649,6 +720,22 @@ def test_distillation_moves_both_networks_but_not_the_embedding_tables():
     for name in ('net', 'aux', 'ema'):
         moved = {key for key in teacher if not torch.equal(teacher[key], student[name][key])}
         assert moved == set(teacher) - {'tok_emb.weight', 'cond_emb.weight'}, (name, set(teacher) - moved)
+
+def test_gan_ends_with_its_table_log_and_pictures():
+    folder, text = tiny_run()[0], tiny_run()[1]['gan.py']
+    names = [r['name'] for r in json.load(open(f'{folder}/gan.json'))['rows']]
+    assert names[2:] == ['teacher, 3 steps', 'distill, 1 step', 'gan, 1 step'] and '40 images per row' in text
+    log = [json.loads(line) for line in open(f'{folder}/gan.log.jsonl')]
+    health = ('acc_real', 'acc_fake', 'd_real', 'd_fake', 'grad_dimo', 'grad_gan', 'entropy', 'max_prob', 'gap')
+    assert len(log) == 6 and all(math.isfinite(row[key]) for row in log for key in health)
+    before, after = (torch.load(f'{folder}/{stage}.pt') for stage in ('distill', 'gan'))
+    moved = {key for key in after['net'] if not torch.equal(after['net'][key], before['ema'][key])}
+    assert moved == set(after['net']) - {'tok_emb.weight', 'cond_emb.weight'}
+
+def test_bias_of_the_relaxation_is_printed_beside_its_bound():
+    text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
+    rows = re.findall(r'(?:decoder|first block) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)', text)
+    assert len(rows) == 6 and all(float(bias) <= float(bound) for *_, bias, bound in rows)
 
 def test_sampling_writes_the_same_image_whatever_the_batch():
     with tempfile.TemporaryDirectory() as root:
@@ -706,7 +793,8 @@ def test_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
     whole, step = tiny_run()[0], 'torch.optim.AdamW.step'
     for script, call, nth in (('tokenizer.py', 'os.replace', 3),           # between the two renames of a save
                               ('model.py', step, random.randint(5, 8)),    # any update after the first save
-                              ('distill.py', step, random.randint(9, 24))):  # in either half of an update
+                              ('distill.py', step, random.randint(9, 24)),  # in either half of an update
+                              ('gan.py', step, random.randint(13, 36))):
         print(f'    {script} dies at number {nth} of {call}')
         with tempfile.TemporaryDirectory() as root:
             folder, name = ready_for(script, f'{root}/out'), script[:-3]
@@ -846,6 +934,9 @@ def test_errors_of_the_scripts_are_one_line():
                  (('distill.py', '--teacher_ckpt=no.pt'), 'no.pt: no such checkpoint'),
                  (('distill.py', f'--teacher_ckpt={folder}/tokenizer.pt'), 'is a tokenizer checkpoint'),
                  (('distill.py', f'--out_dir={folder}', '--resume'), 'Start without --resume'),
+                 (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
+                 (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
+                 (('gan.py', '--relax=hard'), 'soft, gumbel or st'),
                  ((*teacher, '--prompt', 'a purple circle'), "unknown word 'purple'"),
                  ((*teacher, '--label=cat'), '--prompt'),
                  ((*teacher, '--steps=99'), 'more than the 64 tokens'),
