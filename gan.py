@@ -42,12 +42,13 @@ n_eval = 2000          # images behind each row of the final table
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
-w_gan = 20.0           # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
+w_gan = 50.0           # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
 w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
-r_max = 0.95           # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
+r_max = 0.5            # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
 hinge = False          # hinge losses; False = non-saturating, as in the paper
-disc_lr = 5e-4         # AdamW on the heads, betas (0, .99); 10 to 100 times the generator's rate
-disc_warmup = 50       # steps in which only the discriminator learns the game, before w_gan counts
+disc_lr = 3e-3         # Adam on the heads' convolutions and biases; must learn faster than the generator
+disc_muon = 0.02       # Muon on the heads' matrices; 0 = Adam on everything
+disc_warmup = 200      # steps of the discriminator alone before the first update, a third of the cost of an update
 disc_width = 256       # width of a head, at most the teacher's
 spectral = False       # spectral norm on the heads' linear layers
 # Di[M]O
@@ -86,7 +87,7 @@ bias = False           # print the bias of the soft embedding beside its bound f
 def head_layers(depth):
     """Blocks that carry a head, counted from 1: three below depth 12, else four, evenly spaced up to the last."""
     n = 3 if depth < 12 else 4
-    return sorted({math.ceil(depth * k / n) for k in range(1, n + 1)})
+    return sorted({max(1, depth * k // n) for k in range(1, n + 1)})
 
 
 class Head(nn.Module):
@@ -172,13 +173,33 @@ if __name__ == '__main__':
     for network in (generator, aux):
         for table in network.embedding_parameters() if freeze_tables else []:
             table.requires_grad_(False)
+    if bias:
+        cond = start['prompts'][:32].long().to(device)
+        made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
+        if os.path.exists(out):
+            made_by['gan.pt'] = load_checkpoint(out, 'gan')
+        print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
+              'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
+        for name, state in made_by.items():
+            network = MDM(**start['args']).to(device).eval().requires_grad_(False)
+            restore(network, state['ema'], name, 'ema')
+            probs = one_step(network, cond, r_init, sigma_init, tau, image_rngs(seed, range(32)),
+                             shared_noise=shared_noise)[0].float().softmax(-1)
+            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.codebook.weight),
+                                   ('first block', lambda e: teacher.features(e, cond, [1])[0],
+                                    teacher.tok_emb.weight[:teacher.V])):
+                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', device)))
+                size = f(probs @ table).flatten(1).norm(dim=1).mean()
+                print(f'{name:34s}{what:18s}{token_entropy(probs.log())[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
+                      f'{gap / size:23.4f}')
+        raise SystemExit
     layers = head_layers(len(teacher.blocks))
     torch.manual_seed(seed)
     disc = Discriminator(teacher.D, teacher.L, layers, T * teacher.D, disc_width, spectral).to(device)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux, disc)]
     optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
                   make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2)),
-                  make_optimizers(disc, 0, disc_lr, (0.0, 0.99))]
+                  make_optimizers(disc, disc_muon, disc_lr, (0.9, 0.99))]
     step, stop, smooth = 0, Stop(), {}
     if resume:
         state = load_checkpoint(out, 'gan', 'Start without --resume.', fallback=True)
@@ -210,6 +231,31 @@ if __name__ == '__main__':
             optimizer.step()
         return norm
 
+    def draw_batch(rng):
+        """Real tokens (B, N), their captions (B, T), and what the generator makes of these: logits, tokens."""
+        index = torch.randint(len(dataset), (micro,), generator=rng, device=device).sort().values
+        rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(device)
+        real, cond = rows.split([generator.N, T], 1)
+        with autocast:
+            return real, cond, *one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+
+    def discriminate(real, cond, logits, rng):
+        """Real hard and fake soft embeddings, masked alike, in one pass of the frozen teacher; the discriminator's
+        loss on them. -> teacher's states of both halves, its view of the condition, r, numbers for the log"""
+        r = r_max * random_numbers((micro, 1), rng, device)                   # (B, 1), r ~ U[0, r_max]
+        hidden = random_positions(real.shape, (r * generator.N).round(), rng, device)  # (B, N)
+        with autocast:
+            fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)      # Soft-Di[M]O Eq. 3
+            emb = torch.cat([teacher.embed(real, hidden), fake_emb])                     # (2 B, L, D)
+            states = teacher.features(emb, both(cond, cond), layers)
+            c = teacher.cond_emb(cond).flatten(1)                             # (B, T D)
+        d_real, d_fake = disc.train()([h.detach() for h in states], both(c, c), both(r, r)).chunk(2)
+        loss = disc_loss(d_real, d_fake, hinge)
+        loss.backward()
+        return states, c, r, dict(
+            d_loss=loss.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean(),
+            acc_real=(d_real > 0).float().mean(), acc_fake=(d_fake < 0).float().mean())
+
     def update():
         """One step of generator, auxiliary model and discriminator -> the numbers for the log, logits."""
         falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
@@ -219,11 +265,7 @@ if __name__ == '__main__':
         numbers = {}
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k, device)
-            index = torch.randint(len(dataset), (micro,), generator=rng, device=device).sort().values
-            rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(device)
-            real, cond = rows.split([generator.N, T], 1)                      # (B, N), (B, T)
-            with autocast:
-                logits, tokens = one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+            real, cond, logits, tokens = draw_batch(rng)
             grad = torch.zeros_like(logits, dtype=torch.float32)              # of the whole loss at the logits, times B
             # Di[M]O: the regulariser, and the auxiliary model's own loss
             if w_dimo:
@@ -236,27 +278,15 @@ if __name__ == '__main__':
                 psi_loss.backward()
                 grad += w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
                 numbers.update(aux_loss=psi_loss.detach(), grad_dimo=grad.norm() / micro)
-            # Discriminator: real hard and fake soft embeddings, masked alike, in one pass of the frozen teacher
+            # GAN: the same features serve both players, the heads frozen for the generator's part
             if w_gan:
-                r = r_max * random_numbers((micro, 1), rng, device)           # (B, 1), r ~ U[0, r_max]
-                hidden = random_positions(real.shape, (r * generator.N).round(), rng, device)  # (B, N)
-                with autocast:
-                    fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)    # Soft-Di[M]O Eq. 3
-                    states = teacher.features(torch.cat([teacher.embed(real, hidden), fake_emb]), both(cond, cond), layers)
-                    c = teacher.cond_emb(cond).flatten(1)                     # (B, T D)
-                disc.train()
-                d_real, d_fake = disc([h.detach() for h in states], both(c, c), both(r, r)).chunk(2)
-                d_loss = disc_loss(d_real, d_fake, hinge)
-                d_loss.backward()
-                # Generator: the same features, the heads frozen; the gradient stops at the logits
+                states, c, r, health = discriminate(real, cond, logits, rng)
                 disc.eval().requires_grad_(False)
                 g_loss = gan_loss(disc([h[micro:] for h in states], c, r), hinge)
-                gan_grad = torch.autograd.grad(g_loss, logits)[0].float() * micro
+                gan_grad = w_gan * torch.autograd.grad(g_loss, logits)[0].float() * micro
                 disc.requires_grad_(True)
-                grad += w_gan * (step >= disc_warmup) * gan_grad
-                numbers.update(d_loss=d_loss.detach(), g_loss=g_loss.detach(), d_real=d_real.detach().mean(),
-                               d_fake=d_fake.detach().mean(), acc_real=(d_real > 0).float().mean(),
-                               acc_fake=(d_fake < 0).float().mean(), grad_gan=w_gan * gan_grad.norm() / micro)
+                grad += gan_grad
+                numbers.update(health, g_loss=g_loss.detach(), grad_gan=gan_grad.norm() / micro)
             surrogate(logits, grad).backward()
         numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()),
                        norm_disc=finish(2) if w_gan else torch.zeros(()))
@@ -266,14 +296,13 @@ if __name__ == '__main__':
         return numbers, logits.detach()
 
     if bench:
-        step = disc_warmup
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
     one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng,
                                                           shared_noise=shared_noise)[1]
     many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, T).to(device)
-    gap_cond = conditions(reference.prompts(250)[0])
+    gap_cond = start['prompts'][:250].long().to(device)
 
     @torch.no_grad()
     def relaxation_gap():
@@ -283,26 +312,20 @@ if __name__ == '__main__':
         soft, hard = (toy_features(tokenizer.decode(x)) for x in (relaxed(logits, 'soft', tau_soft), tokens))
         return frechet_distance(soft, hard)
 
-    if bias:
-        made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
-        if os.path.exists(out):
-            made_by['gan.pt'] = load_checkpoint(out, 'gan')
-        print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
-              'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
-        for name, state in made_by.items():
-            network = MDM(**start['args']).to(device).eval().requires_grad_(False)
-            restore(network, state['ema'], name, 'ema')
-            probs = one_step(network, gap_cond[:32], r_init, sigma_init, tau, image_rngs(seed, range(32)),
-                             shared_noise=shared_noise)[0].float().softmax(-1)
-            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.codebook.weight),
-                                   ('first block', lambda e: teacher.features(e, gap_cond[:32], [1])[0],
-                                    teacher.tok_emb.weight[:teacher.V])):
-                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', device)))
-                size = f(probs @ table).flatten(1).norm(dim=1).mean()
-                print(f'{name:34s}{what:18s}{token_entropy(probs.log())[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
-                      f'{gap / size:23.4f}')
-        raise SystemExit
     teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
+    # The discriminator alone learns the game first
+    alone = disc_warmup if step == 0 and w_gan else 0
+    bar = progress(alone, 'discriminator')
+    for k in range(alone):
+        disc.zero_grad()
+        for part in range(accumulate):
+            rng = rng_for(seed, -1 - k, rank * accumulate + part, device)
+            with torch.no_grad():
+                real, cond, logits, _ = draw_batch(rng)
+            discriminate(real, cond, logits, rng)
+        finish(2)
+        bar.update()
+    bar.close()
     bar, warned, first = progress(steps, 'gan', step), set(), None
     while True:
         # Save, show, measure, stop

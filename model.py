@@ -371,10 +371,10 @@ def token_entropy(logits):
 
 
 def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
-    """Muon for the matrices of the trunk, AdamW for tables, biases and norms -> list of optimizers; muon_lr = 0 gives
+    """Muon for the matrices of trunk or heads, AdamW for tables, biases and norms -> list of optimizers; muon_lr = 0 gives
     everything to AdamW, as the papers do. Each keeps its peak rate in group['peak'] for `set_rate`."""
     trunk = [p for name, p in network.named_parameters()
-             if muon_lr and p.requires_grad and p.dim() == 2 and name.startswith(('blocks', 'first', 'last'))]
+             if muon_lr and p.requires_grad and p.dim() == 2 and name.startswith(('blocks', 'first', 'last', 'heads'))]
     rest = [p for p in network.parameters() if p.requires_grad and all(p is not q for q in trunk)]
     adam = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0 if muon_lr else weight_decay,
                              fused=rest[0].is_cuda)

@@ -606,7 +606,7 @@ def gan_parts(B=4):
     return teacher, disc, real, torch.randn(B, 16, 12, requires_grad=True), judge
 
 def test_heads_sit_on_evenly_spaced_blocks():
-    assert [gan.head_layers(d) for d in (4, 6, 12, 24)] == [[2, 3, 4], [2, 4, 6], [3, 6, 9, 12], [6, 12, 18, 24]]
+    assert [gan.head_layers(d) for d in (4, 6, 12, 24)] == [[1, 2, 4], [2, 4, 6], [3, 6, 9, 12], [6, 12, 18, 24]]
 
 def test_gan_gradient_reaches_the_logits_and_never_the_teacher():
     teacher, disc, real, logits, judge = gan_parts()
