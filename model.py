@@ -15,17 +15,19 @@ Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a p
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, check, configure, draw,
-                       factors, is_rank0, load_checkpoint, parse_caption, progress, report_bench, restore, rng_for,
-                       same_weights, save_checkpoint, save_grid, split_batch, start_processes, timed, token_data,
-                       word_ids, writing)
+from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check, configure,
+                       draw, factors, fill, is_rank0, load_checkpoint, parse_caption, progress, read_published,
+                       report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch,
+                       start_processes, timed, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -82,26 +84,32 @@ class Block(nn.Module):
 class MDM(nn.Module):
     """Masked diffusion transformer over N tokens of V codes, conditioned on T appended words (a class is one word).
 
-    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position.
-    `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word", and a row of only that is
-    the null condition. The mask id is V.
+    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position. With
+    `bits` it is MaskBit's: a code is `bits` numbers -1/+1, S tokens share one of the L = N / S positions, output table
+    of its own, norms after. `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word",
+    and a row of only that is the null condition. The mask id is V.
     """
 
-    def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5):
+    def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5, bits=0, S=1):
         super().__init__()
         self.config = dict(N=N, V=V, D=D, depth=depth, n_head=n_head, n_words=n_words, T=T, mlp=mlp or 4 * D,
-                           post_norm=post_norm, eps=eps)
+                           post_norm=post_norm, eps=eps, bits=bits, S=S)
         if D % n_head:
             raise ValueError(f'width D = {D} is not a multiple of n_head = {n_head}')
-        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N, V, D, V, n_words
-        self.tok_emb = nn.Embedding(V + 1, D)                                # codes, then the mask
+        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N // S, V, D, V, n_words
+        self.checkpointing = False                                           # recompute blocks in backward: less memory
+        self.pos_emb = nn.Parameter(torch.zeros(1, self.L + T, D))
+        if bits:
+            self.register_buffer('codes', F.pad(bit_rows(bits), (0, 0, 0, 1)))  # (V + 1, bits), the mask is zeros
+            self.input_proj, self.output = nn.Linear(S * bits, D), nn.Linear(D, S * V)
+        else:
+            self.tok_emb, self.input_proj = nn.Embedding(V + 1, D), nn.Identity()  # codes, then the mask
+            self.bias = nn.Parameter(torch.zeros(N, V))
         self.cond_emb = nn.Embedding(n_words + 1, D)                         # words, then "no word"
-        self.pos_emb = nn.Parameter(torch.zeros(1, N + T, D))
         norm = lambda: nn.LayerNorm(D, eps=1e-12)
-        self.first = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D))
+        self.first = nn.Sequential(norm(), *(() if post_norm else (nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D))))
         self.blocks = nn.ModuleList([Block(D, n_head, mlp or 4 * D, post_norm, eps) for _ in range(depth)])
-        self.last = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm())
-        self.bias = nn.Parameter(torch.zeros(N, V))
+        self.last = nn.Sequential(*(() if post_norm else (norm(),)), nn.Linear(D, D), nn.GELU(), norm())
         for name, p in self.named_parameters():
             if p.dim() > 1 and name != 'bias':
                 nn.init.trunc_normal_(p, std=0.02)
@@ -109,15 +117,18 @@ class MDM(nn.Module):
     def embed(self, x, mask=None):
         """Ids (B, N), mask id allowed, or probabilities (B, N, V) -> token embeddings (B, L, D), before positions.
         Positions where mask (B, N) is True get the mask embedding. Probabilities give the soft embedding
-        E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3); a one-hot gives exactly the hard one."""
-        table = self.tok_emb.weight
+        E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3), for bits the projection of the expected bits; a
+        one-hot gives exactly the hard one."""
+        table = self.codes if self.config['bits'] else self.tok_emb.weight   # (V + 1, bits or D), the mask last
         if x.is_floating_point():
             if x.shape[1:] != (self.N, self.V):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
-            emb = x @ table[:self.V].to(x.dtype)                             # (B, N, D)
+            emb = x @ table[:self.V].to(x.dtype)                             # (B, N, bits or D)
         else:
-            emb = F.embedding(x, table)                                      # (B, N, D)
-        return emb if mask is None else torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+            emb = F.embedding(x, table)                                      # (B, N, bits or D)
+        if mask is not None:
+            emb = torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+        return self.input_proj(emb.reshape(len(x), self.L, -1))              # S tokens side by side: (B, L, D)
 
     def features(self, emb, cond, layers):
         """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
@@ -126,7 +137,8 @@ class MDM(nn.Module):
         h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)  # (B, L + T, D)
         states = []
         for k, block in enumerate(self.blocks[:max(layers)], 1):
-            h = block(h)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
             if k in layers:
                 states.append(h[:, :self.L])
         return states
@@ -137,21 +149,84 @@ class MDM(nn.Module):
         emb = x if self.is_embedding(x) else self.embed(x)
         emb = add_noise(emb, sigma, rng, shared_noise)
         h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
+        if self.config['bits']:
+            return self.output(h).view(len(h), self.N, self.V)
         return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias         # the tied row V, the mask, is dropped
 
     def is_embedding(self, x):
-        """Told from probabilities by the last axis; where V = D by what only probabilities do, sum to one."""
-        if not x.is_floating_point() or x.shape[-1] != self.D:
+        """Told from probabilities by the shape; where both have the same by what only probabilities do, sum to 1."""
+        if not x.is_floating_point() or x.shape[1:] != (self.L, self.D):
             return False
-        return self.V != self.D or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
+        return (self.N, self.V) != (self.L, self.D) or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
 
     def null(self, cond):
         """The unconditional condition of the same batch."""
         return torch.full_like(cond, self.n_words)
 
     def embedding_parameters(self):
-        """The tables that Di[M]O keeps frozen (they are the output tables too)."""
-        return [self.tok_emb.weight, self.cond_emb.weight]
+        """The tables that Di[M]O keeps frozen (MaskGIT's is the output table too)."""
+        tables = [self.input_proj, self.cond_emb] if self.config['bits'] else [self.tok_emb, self.cond_emb]
+        return [p for table in tables for p in table.parameters()]
+
+    @classmethod
+    def from_pretrained(cls, kind, path, n_head=None, V=None):
+        """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the dict that it holds;
+        path 'random' is the published size with random weights. All sizes but the heads are read off the shapes:
+        n_head is the published 16 unless given. MaskGIT keeps V codes and K classes in one table; unless given, V is
+        the power of two >= 256 that leaves K = 1000, or else the largest that fits. Errors: ValueError,
+        FileNotFoundError, one line."""
+        if kind not in PUBLISHED:
+            raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
+        if isinstance(path, str) and path == 'random':
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return cls(**PUBLISHED[kind]).eval()
+        w, name = read_published(path)
+        w = {re.sub('^token_emb', 'input_proj', k): v for k, v in w.items() if kind == 'maskgit' or k != 'bits_to_indices'}
+        size = lambda key, *wanted: shape_of(w, name, f'a {kind} transformer', key, *wanted)
+        _, length, D = size('pos_emb', 1, 0, 0)
+        layer = 'transformer.layers.{}.1.' + ('fn.net.0.weight' if kind == 'maskgit' else 'net.0.weight')
+        mlp, depth, L = size(layer.format(0), 0, D)[0], 1, length - 1
+        while layer.format(depth) in w:
+            depth += 1
+        if kind == 'maskgit':
+            rows = size('tok_emb.weight', 0, D)[0] - 2
+            size('bias', length, rows + 2)
+            imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
+            V = V or (rows - 1000 if imagenet else 1 << (rows - 1).bit_length() - 1)
+            w['tok_emb.weight'], w['class_emb.weight'] = w['tok_emb.weight'].split([V + 1, rows + 1 - V])
+            w['bias'] = w['bias'][:L, :V]                                    # no class position, no mask, no classes
+            config = dict(N=L, V=V, n_words=rows - V)
+        else:
+            inputs, outputs = size('input_proj.weight', D, 0)[1], size('prediction_layer.weight', 0, D)[0]
+            S = next((s for s in (2, 1, *range(3, inputs + 1)) if not inputs % s and s << inputs // s == outputs), 0)
+            if not S:
+                raise ValueError(f'{name}: prediction_layer.weight has {outputs} rows, expected S 2^k where '
+                                 f'input_proj.weight has S k = {inputs} columns; are both of one release?')
+            w['codes'] = F.pad(bit_rows(inputs // S), (0, 0, 0, 1))
+            config = dict(N=L * S, V=outputs // S, n_words=size('class_emb.weight', 0, D)[0] - 1, bits=inputs // S, S=S)
+        if not n_head and D % 16:
+            raise ValueError(f'{name}: width {D} is not a multiple of the published 16 heads; give n_head=...')
+        keep = {k: PUBLISHED[kind][k] for k in ('post_norm', 'eps')}
+        with torch.device('meta'):
+            model = cls(**config, D=D, depth=depth, n_head=n_head or 16, mlp=mlp, **keep)
+        return fill(model, w, lambda key: published_name(key, kind), name)
+
+
+PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072, post_norm=False, eps=1e-5),
+             'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True, eps=1e-12,
+                             bits=7, S=2)}
+
+
+def published_name(key, kind):
+    """Our parameter name -> the name in the published file."""
+    fn = 'fn.' if kind == 'maskgit' else ''
+    inner = {'norm1.': '0.norm.', 'norm2.': '1.norm.', 'qkv.': f'0.{fn}mha.in_proj_', 'proj.': f'0.{fn}mha.out_proj.',
+             'mlp.0.': f'1.{fn}net.0.', 'mlp.2.': f'1.{fn}net.{3 if fn else 2}.'}
+    key = re.sub(r'^blocks\.(\d+)\.(mlp\.\d\.|\w+\.)', lambda m: f'transformer.layers.{m[1]}.{inner[m[2]]}', key)
+    place = {'0': '0', '1': '2', '3': '4', '4': '6'} if fn else {'0': '0', '2': '2'}   # MaskGIT counts its dropouts
+    key = re.sub(r'^(first|last)\.(\d)', lambda m: f'{m[1]}_layer.{place[m[2]]}', key)
+    return re.sub('^output', 'prediction_layer', re.sub('^cond_emb', 'class_emb', key))
 
 
 # -----------------------------------------------------------------------------
