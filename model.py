@@ -12,6 +12,7 @@ $ python model.py --data=my_images              # your folder, with the tokenize
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
 """
+import hashlib
 import json
 import math
 import os
@@ -213,6 +214,32 @@ class MDM(nn.Module):
         return fill(model, w, lambda key: published_name(key, kind), name)
 
 
+def load_teacher(kind, path, tokenizer_path='', data=''):
+    """A teacher as the dict that model.pt holds (args, ema, words, data, prompts, tokenizer): kind 'ours' reads that
+    file; maskgit and maskbit read published weights, whose words are the class numbers, or the names of the class
+    folders if `data` is a folder (sorted, the published order). Exits with one line."""
+    if kind == 'ours':
+        return load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
+    tokenizer_path = tokenizer_path or ('random' if path == 'random' else '')
+    if not path or not tokenizer_path:
+        raise SystemExit(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where to '
+                         'get them, and --teacher_path=random takes random weights of the published size')
+    try:
+        net = MDM.from_pretrained(kind, path)
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    if (net.N, net.V) != (tokenizer.N, tokenizer.V):
+        raise SystemExit(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of {tokenizer.V}: '
+                         'they are not of one release')
+    data = '' if data.startswith('shapes') else data
+    words = Images(data, tokenizer.config['image_size']).words if data else [str(k) for k in range(net.n_words)]
+    if len(words) != net.n_words:
+        raise SystemExit(f'--data={data} has {len(words)} class folders, the teacher {path} knows {net.n_words} classes')
+    return dict(stage='model', step=0, config={}, args=net.config, ema=net.state_dict(), words=list(words), data=data,
+                prompts=torch.arange(net.n_words)[:, None], tokenizer=tokenizer.pack())
+
+
 PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072, post_norm=False, eps=1e-5),
              'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True, eps=1e-12,
                              bits=7, S=2)}
@@ -337,20 +364,39 @@ def filter_probs(probs, top_k=0, top_p=0.0):
     return probs
 
 
+def sampling_plan(steps, N, law='maskgit', power=3.0):
+    """The published samplers in numbers per step: tokens to reveal, the share of guidance, the share of Gumbel noise.
+    maskgit: `reveal_counts`, j / (n - 1), 1 - j / (n - 1). maskbit, with q = (j + 1) / n: floor(N arccos(q) / (pi / 2))
+    stay masked (at least 1, fewer than before; none at the end), (1 - cos(pi (j / n)^power)) / 2, 1 - q."""
+    counts, j = reveal_counts(steps, N), torch.arange(steps)                 # ratios in float32, as published
+    if law == 'maskgit':
+        ramp = j / max(1, steps - 1)
+        return counts, ramp.tolist(), (1 - ramp).tolist()
+    if law != 'maskbit':
+        raise ValueError(f'unknown law {law!r} of the sampler; expected maskgit or maskbit')
+    q, masked = (j + 1) / steps, [N]
+    for wanted in (N * mask_ratio(q[:-1]).clamp(1e-6, 1)).floor().int().tolist():
+        masked.append(min(max(1, wanted), masked[-1] - 1))
+    counts = [before - after for before, after in zip(masked, masked[1:] + [0])]
+    return counts, ((1 - torch.cos(math.pi * (j / steps) ** power)) / 2).tolist(), (1 - q).tolist()
+
+
 @torch.no_grad()
-def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0):
-    """MaskGIT's confidence sampler -> tokens (B, N). At step j of n, with ramp = j / (n - 1): guidance
-    1 + (s - 1) ramp; one draw per position from softmax(logits / tau); confidence log p + gumbel (1 - ramp) g; the
-    most confident are revealed and stay. Published MaskGIT: 8 steps, cfg_scale 4, gumbel 4.5."""
+def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
+                   power=3.0):
+    """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1 + (s - 1) share; one
+    draw per position from softmax(logits / tau); confidence log p + gumbel share g; the most confident are revealed
+    and stay. `law` '' is the model's own. Published: MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64
+    steps, cfg_scale 8.1, gumbel 7.8, power 3."""
     x = torch.full((len(cond[0] if isinstance(cond, tuple) else cond), model.N), model.mask_id)
     x = x.to(next(model.parameters()).device)
-    for j, count in enumerate(reveal_counts(steps, model.N)):
-        ramp = j / max(1, steps - 1)
-        logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * ramp).float() / tau
+    law = law or ('maskbit' if model.config['bits'] else 'maskgit')
+    for count, guide, noisy in zip(*sampling_plan(steps, model.N, law, power)):
+        logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * guide).float() / tau
         probs = filter_probs(logits.softmax(-1), top_k, top_p)
         tokens = categorical(probs, rng)
         noise = -torch.log(-torch.log(random_numbers(x.shape, rng, x.device).clamp(1e-9, 1 - 1e-7)))
-        confidence = probs.gather(-1, tokens[..., None])[..., 0].log() + gumbel * (1 - ramp) * noise
+        confidence = probs.gather(-1, tokens[..., None])[..., 0].log() + gumbel * noisy * noise
         confidence[x != model.mask_id] = -torch.inf
         chosen = confidence.topk(count).indices
         x.scatter_(1, chosen, tokens.gather(1, chosen))
@@ -473,15 +519,55 @@ def toy_features(images):
     return torch.cat(rows).double()
 
 
+class Moments:
+    """Mean and covariance of features in float64 from partial sums: `add` rows (B, d), `merge` all processes."""
+
+    def __init__(self, d, device='cpu'):
+        self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+
+    def add(self, x):
+        x = F.pad(x.double(), (0, 1), value=1)                               # [x, 1]^T [x, 1]: products, sums, count
+        self.sums += x.T @ x
+
+    def merge(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self):
+        """-> mean (d,), covariance (d, d)."""
+        n, mean = self.sums[-1, -1], self.sums[-1, :-1] / self.sums[-1, -1]
+        return mean, (self.sums[:-1, :-1] - n * mean[:, None] * mean) / (n - 1)
+
+
 def frechet_distance(x, y):
-    """Frechet distance of two Gaussians fitted to features x (M, d), y (N, d), float64 (Heusel et al. 2017):
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from the symmetric S1^(1/2) S2 S1^(1/2)."""
-    x, y = x.double(), y.double()
-    s1, s2 = (torch.cov(z.T).reshape(z.shape[1], -1) for z in (x, y))
+    """Frechet distance of two Gaussians, float64 (Heusel et al. 2017), each given by features (M, d) or by a tuple of
+    mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from S1^(1/2) S2 S1^(1/2)."""
+    fit = lambda z: (z.double().mean(0), torch.cov(z.double().T).reshape(z.shape[1], -1))
+    (m1, s1), (m2, s2) = (z if isinstance(z, tuple) else fit(z) for z in (x, y))
     values, vectors = torch.linalg.eigh(s1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+    return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+
+
+def inception_score(probs, split=5000):
+    """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class probabilities (n, K),
+    averaged over the splits. Labels must be in random order, or a split sees few classes."""
+    gain = lambda p: (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp()
+    return float(torch.stack([gain(p) for p in probs.double().split(split)]).mean())
+
+
+def load_inception(path, device):
+    """The TorchScript Inception network that the user names, a program: uint8 images (B, 3, H, W) -> features
+    (B, 2048), class probabilities (B, 1008). -> that function, sha256 of the file. Exits with one line."""
+    try:
+        digest = hashlib.sha256(open(path, 'rb').read()).hexdigest()
+        network = torch.jit.load(path, map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f'{path}: not readable as TorchScript ({str(error).splitlines()[0][:80]}); expected '
+                         'inception-2015-12-05.pt, see README.md') from None
+    torch.backends.cudnn.allow_tf32 = False
+    return lambda x: (network(x, return_features=True).float(), network(x, no_output_bias=True).float()), digest
 
 
 def precision_recall(real, fake, k=3):
@@ -549,6 +635,11 @@ def image_rngs(seed, index):
     return [rng_for(seed, int(i), 'image') for i in index]
 
 
+def decode_batch(tokenizer):
+    """Images per pass of the decoder, whose memory grows with the pixels: 2048 at 32x32, 32 at 256x256."""
+    return max(1, 2 ** 21 // tokenizer.config['image_size'] ** 2)
+
+
 @torch.no_grad()
 def render(sample, tokenizer, cond, seed, batch=250):
     """Images (n, 3, H, W) on the CPU and milliseconds per image, from sample(cond, rng) -> tokens, in batches."""
@@ -557,7 +648,8 @@ def render(sample, tokenizer, cond, seed, batch=250):
     def run():
         for k in range(0, len(cond), batch):
             part = cond[k:k + batch].to(device)
-            images.append(tokenizer.decode(sample(part, image_rngs(seed, range(k, k + len(part))))).float().cpu())
+            tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
+            images.extend(tokenizer.decode(t).float().cpu() for t in tokens.split(decode_batch(tokenizer)))
     milliseconds = timed(run, 1, device) * 1000 / len(cond)
     return torch.cat(images), milliseconds
 

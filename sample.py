@@ -9,19 +9,27 @@ $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue s
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
+$ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
+      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json
 import os
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from model import (MDM, Images, Reference, Tokenizer, configure, load_checkpoint, one_step, render, restore,
-                   sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
+from model import (MDM, Images, Moments, Reference, Tokenizer, configure, decode_batch, frechet_distance, image_rngs,
+                   inception_score, load_checkpoint, load_inception, load_teacher, one_step, precision_recall, progress,
+                   render, restore, rng_for, sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
+teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
+teacher_path = ''      # file of a published teacher
+tokenizer_path = ''    # file of its tokenizer; also where that of a checkpoint is now, if it moved
 prompt = ''            # one caption for all images; '' takes captions of the training data
 label = ''             # class name or number, for a model trained on a folder
 n = 32                 # images
@@ -29,6 +37,8 @@ seed = 0               # image k follows from (seed, k)
 steps = 0              # passes of a teacher, 0 = 16; a generator takes one
 cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
 gumbel = 2.0           # Gumbel temperature of the teacher's confidence, falling to 0
+law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
+power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
 tau = 1.0              # softmax temperature, below 1 is more typical, above 1 more varied
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
@@ -39,6 +49,8 @@ png_dir = ''           # also write every image as a PNG file into this folder
 metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
+inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
+ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
 sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3, 4 x Gumbel temperature 0.5, 1, 2, 4
 # -----------------------------------------------------------------------------
 
@@ -71,20 +83,64 @@ def write_pngs(folder, images, captions):
             file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
 
 
+def balanced_labels(n, K, seed):
+    """n class labels (n,): one random permutation of the K classes, repeated."""
+    return torch.randperm(K, generator=rng_for(seed, 0, 'labels')).repeat(-(-n // K))[:n]
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255: clip(127.5 x + 128), truncated, as Di[M]O's evaluation does."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device):
+    """FID, IS, precision and recall of images that draw(cond, rngs) makes for labels (n,). `network` gives features
+    and probabilities; `ref` is the open npz. Batch k belongs to process k mod world; image i follows from (seed, i).
+    The result is a dict on every process; fewer than 50,000 images are called FID@n."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n, (x, p) = len(labels), network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+    moments, features, probs = (Moments(x.shape[1], device), torch.zeros(n, x.shape[1], device=device),
+                                torch.zeros(n, p.shape[1], device=device))
+    bar = progress(n, 'samples for FID')
+    for start in range(rank * batch, n, world * batch):
+        index = range(start, min(start + batch, n))
+        tokens = draw(labels[list(index)].to(device), image_rngs(seed, index))
+        pixels = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens.split(decode_batch(tokenizer))])
+        features[start:index[-1] + 1], probs[start:index[-1] + 1] = x, p = network(pixels)
+        moments.add(x)
+        bar.update(min(world * batch, n - start))
+    bar.close()
+    moments.merge()
+    if world > 1:                                                            # each row is zero on all but one process
+        dist.all_reduce(features)
+        dist.all_reduce(probs)
+    wanted = tuple(torch.from_numpy(ref[key]).double().to(device) for key in ('mu', 'sigma'))
+    row = {'FID' if n >= 50_000 else f'FID@{n}': frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
+    if 'arr_0' in ref:
+        real = torch.from_numpy(ref['arr_0']).permute(0, 3, 1, 2)            # (M, 3, H, W) uint8
+        real = torch.cat([network(r.to(device))[0] for r in real.split(batch)])
+        row['precision'], row['recall'] = precision_recall(real, features)
+    return row
+
+
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
     configure(globals())
-    _, world, device, autocast = start_processes()
-    if world > 1:
-        raise SystemExit('sample.py: runs as one process; start it with python, not torchrun')
+    rank, world, device, autocast = start_processes()
+    if world > 1 and not (metrics and inception):
+        raise SystemExit('sample.py: runs as one process, except for --metrics --inception=...; start it with python')
     if weights not in ('ema', 'net') or n < 1 or n_metrics < 4 or tau <= 0 or not 0 <= top_p <= 1:
         raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 4, --tau > 0 and '
                          '0 <= --top_p <= 1')
-    state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if teacher == 'ours':
+        state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    else:
+        state, ckpt = load_teacher(teacher, teacher_path, tokenizer_path), f'out/{teacher}.pt'
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(model, state[weights], ckpt, weights)
-    tokenizer = Tokenizer.from_checkpoint(state['tokenizer']).to(device)
+    tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
     words, length, made = state['words'], state['args']['T'], state['config']
     is_teacher = state['stage'] == 'model'
     if not is_teacher and (steps > 1 or sweep):
@@ -99,7 +155,7 @@ if __name__ == '__main__':
         def draw(cond, rng):
             with autocast:
                 if is_teacher:
-                    return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p)
+                    return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p, law, power)
                 return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p,
                                 made['shared_noise'])[1]
         return draw
@@ -113,7 +169,34 @@ if __name__ == '__main__':
     def passes(cfg_scale):
         return steps * (1 + (is_teacher and steps > 1 and cfg_scale != 1))
 
+    if metrics and inception:
+        if length > 1:
+            raise SystemExit(f'sample.py: --inception needs a model of classes; {ckpt} reads captions')
+        network, digest = load_inception(inception, device)
+        try:
+            reference = np.load(ref)
+            assert reference['mu'].shape == network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))[0][0].shape
+        except (OSError, ValueError, KeyError, AssertionError, IndexError) as error:
+            raise SystemExit(f'sample.py: --ref={ref}: {type(error).__name__}; expected an npz with mu and sigma of this '
+                             'network, as the ADM suite publishes (see README.md)') from None
+        labels = balanced_labels(n_metrics, state['args']['n_words'], seed)
+        row = inception_metrics(sampler(cfg_scale, gumbel), tokenizer, labels, network, reference, seed, batch, device)
+        if rank == 0:
+            print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({n_metrics} images, seeds ({seed}, k), '
+                  f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
+            if 'arr_0' not in reference:
+                print(f'no precision and recall: {ref} holds no images (arr_0)')
+            path = f'{os.path.splitext(ckpt)[0]}-inception.json'
+            with writing(path), open(path, 'w') as file:
+                json.dump(dict(row, ckpt=ckpt, step=state['step'], seed=seed, n=n_metrics, ref=ref, sha256=digest), file)
+            print(f'-> {path}')
+        if world > 1:
+            dist.destroy_process_group()
+        raise SystemExit
+
     if metrics or sweep:
+        if not (data or state['data']):
+            raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception=FILE --ref=FILE.npz')
         source = Images(data or state['data'], tokenizer.config['image_size'])
         reference = Reference(source)
         captions, real = reference.prompts(n_metrics)
