@@ -12,7 +12,6 @@ $ python model.py --data=my_images              # your folder, with the tokenize
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
 """
-import hashlib
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gr
 data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
 out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and the token cache go here
 n_images = 50_000      # training images of the shapes world, encoded once; a folder is used whole
+flips = False          # also encode every image mirrored; MaskGIT and MaskBit True
 resume = False         # continue from out_dir/model.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
@@ -108,9 +108,10 @@ class MDM(nn.Module):
             self.bias = nn.Parameter(torch.zeros(N, V))
         self.cond_emb = nn.Embedding(n_words + 1, D)                         # words, then "no word"
         norm = lambda: nn.LayerNorm(D, eps=1e-12)
-        self.first = nn.Sequential(norm(), *(() if post_norm else (nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D))))
+        more = [] if post_norm else [nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D)]
+        self.first = nn.Sequential(norm(), *more)
         self.blocks = nn.ModuleList([Block(D, n_head, mlp or 4 * D, post_norm, eps) for _ in range(depth)])
-        self.last = nn.Sequential(*(() if post_norm else (norm(),)), nn.Linear(D, D), nn.GELU(), norm())
+        self.last = nn.Sequential(*([] if post_norm else [norm()]), nn.Linear(D, D), nn.GELU(), norm())
         for name, p in self.named_parameters():
             if p.dim() > 1 and name != 'bias':
                 nn.init.trunc_normal_(p, std=0.02)
@@ -183,13 +184,11 @@ class MDM(nn.Module):
                 torch.manual_seed(0)
                 return cls(**PUBLISHED[kind]).eval()
         w, name = read_published(path)
-        w = {re.sub('^token_emb', 'input_proj', k): v for k, v in w.items() if kind == 'maskgit' or k != 'bits_to_indices'}
+        w = {re.sub('^token_emb', 'input_proj', k): v for k, v in w.items() if k != 'bits_to_indices'}
         size = lambda key, *wanted: shape_of(w, name, f'a {kind} transformer', key, *wanted)
         _, length, D = size('pos_emb', 1, 0, 0)
-        layer = 'transformer.layers.{}.1.' + ('fn.net.0.weight' if kind == 'maskgit' else 'net.0.weight')
-        mlp, depth, L = size(layer.format(0), 0, D)[0], 1, length - 1
-        while layer.format(depth) in w:
-            depth += 1
+        L, depth = length - 1, len({k.split('.')[2] for k in w if k.startswith('transformer.layers.')})
+        mlp = size(published_name('blocks.0.mlp.0.weight', kind), 0, D)[0]
         if kind == 'maskgit':
             rows = size('tok_emb.weight', 0, D)[0] - 2
             size('bias', length, rows + 2)
@@ -222,27 +221,28 @@ def load_teacher(kind, path, tokenizer_path='', data=''):
         return load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
     tokenizer_path = tokenizer_path or ('random' if path == 'random' else '')
     if not path or not tokenizer_path:
-        raise SystemExit(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where to '
-                         'get them, and --teacher_path=random takes random weights of the published size')
+        raise SystemExit(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where '
+                         'to get them, and --teacher_path=random takes random weights of the published size')
     try:
         net = MDM.from_pretrained(kind, path)
         tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     if (net.N, net.V) != (tokenizer.N, tokenizer.V):
-        raise SystemExit(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of {tokenizer.V}: '
-                         'they are not of one release')
+        raise SystemExit(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of '
+                         f'{tokenizer.V}: they are not of one release')
     data = '' if data.startswith('shapes') else data
     words = Images(data, tokenizer.config['image_size']).words if data else [str(k) for k in range(net.n_words)]
     if len(words) != net.n_words:
-        raise SystemExit(f'--data={data} has {len(words)} class folders, the teacher {path} knows {net.n_words} classes')
+        raise SystemExit(f'--data={data} has {len(words)} class folders, {path} knows {net.n_words} classes')
     return dict(stage='model', step=0, config={}, args=net.config, ema=net.state_dict(), words=list(words), data=data,
                 prompts=torch.arange(net.n_words)[:, None], tokenizer=tokenizer.pack())
 
 
-PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072, post_norm=False, eps=1e-5),
-             'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True, eps=1e-12,
-                             bits=7, S=2)}
+PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072, post_norm=False,
+                             eps=1e-5),
+             'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True,
+                             eps=1e-12, bits=7, S=2)}
 
 
 def published_name(key, kind):
@@ -519,26 +519,6 @@ def toy_features(images):
     return torch.cat(rows).double()
 
 
-class Moments:
-    """Mean and covariance of features in float64 from partial sums: `add` rows (B, d), `merge` all processes."""
-
-    def __init__(self, d, device='cpu'):
-        self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
-
-    def add(self, x):
-        x = F.pad(x.double(), (0, 1), value=1)                               # [x, 1]^T [x, 1]: products, sums, count
-        self.sums += x.T @ x
-
-    def merge(self):
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-
-    def result(self):
-        """-> mean (d,), covariance (d, d)."""
-        n, mean = self.sums[-1, -1], self.sums[-1, :-1] / self.sums[-1, -1]
-        return mean, (self.sums[:-1, :-1] - n * mean[:, None] * mean) / (n - 1)
-
-
 def frechet_distance(x, y):
     """Frechet distance of two Gaussians, float64 (Heusel et al. 2017), each given by features (M, d) or by a tuple of
     mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from S1^(1/2) S2 S1^(1/2)."""
@@ -548,26 +528,6 @@ def frechet_distance(x, y):
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
     return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
-
-
-def inception_score(probs, split=5000):
-    """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class probabilities (n, K),
-    averaged over the splits. Labels must be in random order, or a split sees few classes."""
-    gain = lambda p: (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp()
-    return float(torch.stack([gain(p) for p in probs.double().split(split)]).mean())
-
-
-def load_inception(path, device):
-    """The TorchScript Inception network that the user names, a program: uint8 images (B, 3, H, W) -> features
-    (B, 2048), class probabilities (B, 1008). -> that function, sha256 of the file. Exits with one line."""
-    try:
-        digest = hashlib.sha256(open(path, 'rb').read()).hexdigest()
-        network = torch.jit.load(path, map_location=device).eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f'{path}: not readable as TorchScript ({str(error).splitlines()[0][:80]}); expected '
-                         'inception-2015-12-05.pt, see README.md') from None
-    torch.backends.cudnn.allow_tf32 = False
-    return lambda x: (network(x, return_features=True).float(), network(x, no_output_bias=True).float()), digest
 
 
 def precision_recall(real, fake, k=3):
@@ -687,7 +647,7 @@ if __name__ == '__main__':
     images = Images(data, tokenizer.config['image_size'], n_images)
     if packed['config']['data'] != data and rank == 0:
         print(f'note: {tokenizer_path} was trained on {packed["config"]["data"]}, not on {data}')
-    dataset = token_data(images, tokenizer, out_dir, device)    # (M, N + T) int32
+    dataset = token_data(images, tokenizer, out_dir, device, flips=flips)  # (M, N + T)
     N, words, T = tokenizer.N, list(images.words), images.caption_length
 
     torch.manual_seed(seed)

@@ -13,17 +13,19 @@ $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metr
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
+import hashlib
 import json
 import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 
-from model import (MDM, Images, Moments, Reference, Tokenizer, configure, decode_batch, frechet_distance, image_rngs,
-                   inception_score, load_checkpoint, load_inception, load_teacher, one_step, precision_recall, progress,
-                   render, restore, rng_for, sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
+from model import (MDM, Images, Reference, Tokenizer, configure, decode_batch, frechet_distance, image_rngs,
+                   load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
+                   sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
@@ -83,6 +85,46 @@ def write_pngs(folder, images, captions):
             file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
 
 
+class Moments:
+    """Mean and covariance of features in float64 from partial sums: `add` rows (B, d), `merge` all processes."""
+
+    def __init__(self, d, device='cpu'):
+        self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+
+    def add(self, x):
+        x = F.pad(x.double(), (0, 1), value=1)                               # [x, 1]^T [x, 1]: products, sums, count
+        self.sums += x.T @ x
+
+    def merge(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self):
+        """-> mean (d,), covariance (d, d)."""
+        n, mean = self.sums[-1, -1], self.sums[-1, :-1] / self.sums[-1, -1]
+        return mean, (self.sums[:-1, :-1] - n * mean[:, None] * mean) / (n - 1)
+
+
+def inception_score(probs, split=5000):
+    """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class probabilities (n, K),
+    averaged over the splits. Labels must be in random order, or a split sees few classes."""
+    gain = lambda p: (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp()
+    return float(torch.stack([gain(p) for p in probs.double().split(split)]).mean())
+
+
+def load_inception(path, device):
+    """The TorchScript Inception network that the user names, a program: uint8 images (B, 3, H, W) -> features
+    (B, 2048), class probabilities (B, 1008). -> that function, sha256 of the file. Exits with one line."""
+    try:
+        digest = hashlib.sha256(open(path, 'rb').read()).hexdigest()
+        network = torch.jit.load(path, map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f'{path}: not readable as TorchScript ({str(error).splitlines()[0][:80]}); expected '
+                         'inception-2015-12-05.pt, see README.md') from None
+    torch.backends.cudnn.allow_tf32 = False
+    return lambda x: (network(x, return_features=True).float(), network(x, no_output_bias=True).float()), digest
+
+
 def balanced_labels(n, K, seed):
     """n class labels (n,): one random permutation of the K classes, repeated."""
     return torch.randperm(K, generator=rng_for(seed, 0, 'labels')).repeat(-(-n // K))[:n]
@@ -116,7 +158,8 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
         dist.all_reduce(features)
         dist.all_reduce(probs)
     wanted = tuple(torch.from_numpy(ref[key]).double().to(device) for key in ('mu', 'sigma'))
-    row = {'FID' if n >= 50_000 else f'FID@{n}': frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
+    name = 'FID' if n >= 50_000 else f'FID@{n}'
+    row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
     if 'arr_0' in ref:
         real = torch.from_numpy(ref['arr_0']).permute(0, 3, 1, 2)            # (M, 3, H, W) uint8
         real = torch.cat([network(r.to(device))[0] for r in real.split(batch)])
@@ -175,10 +218,10 @@ if __name__ == '__main__':
         network, digest = load_inception(inception, device)
         try:
             reference = np.load(ref)
-            assert reference['mu'].shape == network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))[0][0].shape
-        except (OSError, ValueError, KeyError, AssertionError, IndexError) as error:
-            raise SystemExit(f'sample.py: --ref={ref}: {type(error).__name__}; expected an npz with mu and sigma of this '
-                             'network, as the ADM suite publishes (see README.md)') from None
+            reference['mu'], reference['sigma']
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise SystemExit(f'sample.py: --ref={ref}: {type(error).__name__}; expected an npz with mu and sigma, as '
+                             'the ADM suite publishes (see README.md)') from None
         labels = balanced_labels(n_metrics, state['args']['n_words'], seed)
         row = inception_metrics(sampler(cfg_scale, gumbel), tokenizer, labels, network, reference, seed, batch, device)
         if rank == 0:
@@ -188,7 +231,7 @@ if __name__ == '__main__':
                 print(f'no precision and recall: {ref} holds no images (arr_0)')
             path = f'{os.path.splitext(ckpt)[0]}-inception.json'
             with writing(path), open(path, 'w') as file:
-                json.dump(dict(row, ckpt=ckpt, step=state['step'], seed=seed, n=n_metrics, ref=ref, sha256=digest), file)
+                json.dump(dict(row, ckpt=ckpt, step=state['step'], seed=seed, ref=ref, sha256=digest), file)
             print(f'-> {path}')
         if world > 1:
             dist.destroy_process_group()
@@ -196,7 +239,7 @@ if __name__ == '__main__':
 
     if metrics or sweep:
         if not (data or state['data']):
-            raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception=FILE --ref=FILE.npz')
+            raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception and --ref')
         source = Images(data or state['data'], tokenizer.config['image_size'])
         reference = Reference(source)
         captions, real = reference.prompts(n_metrics)

@@ -24,6 +24,7 @@ import textwrap
 import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -303,27 +304,32 @@ class Images:
             print(f'note: {data} has a single class, {self.words[0]!r}: captions carry no information, so guidance has '
                   'nothing to steer. Use one sub-folder per class if there are classes.')
 
-    def read(self, i):
-        """Image i of the folder as uint8 (size, size, 3), or None; a file that cannot be read is named once."""
-        path = self.files[i][0]
-        pixels = read_image(path, self.size) if path not in self.bad else None
-        if isinstance(pixels, str):
-            self.bad[path], pixels = pixels, None
-            tqdm.write(f'skipped {path}: {self.bad[path]}')
-        return pixels
+    def read(self, index):
+        """Images of the folder as a list of uint8 (size, size, 3), None where a file cannot be read; such a file is
+        named once. Threads decode: PIL lets them run in parallel."""
+        paths = [self.files[i][0] for i in index]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda path: self.bad.get(path) or read_image(path, self.size), paths))
+        for path, pixels in zip(paths, found):
+            if isinstance(pixels, str) and path not in self.bad:
+                self.bad[path] = pixels
+                tqdm.write(f'skipped {path}: {pixels}')
+        return [None if isinstance(pixels, str) else pixels for pixels in found]
 
     def batch(self, index, substitute=True):
         """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file is replaced by the next
         readable one, or left out if `substitute` is False."""
         if self.is_world:
             return draw(index, open_background=self.data == 'shapes-open')
-        pixels, captions = [], []
-        for i in index:
-            tries = [int(i + k) % self.length for k in range(self.length if substitute else 1)]
-            good = next(((p, j) for j in tries if (p := self.read(j)) is not None), None)
-            if good:
-                pixels.append(good[0])
-                captions.append(self.words[self.files[good[1]][1]])
+        index, pixels, captions = [int(i) for i in index], [], []
+        for i, image in zip(index, self.read(index)):
+            tries = range(i + 1, i + self.length) if substitute else ()
+            while image is None and tries:
+                i, tries = tries[0] % self.length, tries[1:]
+                image = self.read([i])[0]
+            if image is not None:
+                pixels.append(image)
+                captions.append(self.words[self.files[i][1]])
             elif substitute:
                 raise SystemExit(f'--data={self.data}: not one of its {self.length} files is a readable image')
         images = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
@@ -355,31 +361,73 @@ def word_ids(captions, words, length):
 
 
 @torch.no_grad()
-def token_data(images, tokenizer, folder, device, batch=256):
-    """The whole data set as one memory-mapped array (M, N + T): tokens, then condition ids; encoded once. The file
-    name carries a hash of the images and of the tokenizer's weights, so a stale cache is never used."""
-    digest = hashlib.sha256(json.dumps(images.key()).encode())
+def token_data(images, tokenizer, folder, device, batch=256, flips=False):
+    """The whole data set as one memory-mapped array (M, N + T) of the smallest sufficient integers: tokens, then
+    condition ids; with `flips` each image is followed by its mirror image. Encoded once: processes share the work (all
+    must call this), and an interrupted run continues. The file name carries a hash of the images and of the
+    tokenizer's weights, so a stale cache is never used."""
+    digest = hashlib.sha256(json.dumps(images.key() + ['flips'] * flips).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     path = os.path.join(folder, f'tokens-{digest.hexdigest()[:16]}.npy')
-    if not os.path.exists(path):
-        rows = []
+    missing, rank, world = not os.path.exists(path), 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+        dist.barrier()
+    if missing:
+        part, done = path + '.part', path + '.done'              # rows; a byte per image: 0 to do, 1 good, 2 bad
+        copies, width = 1 + flips, tokenizer.N + images.caption_length
+        largest = max(tokenizer.V - 1, len(images.words))
+        kind = next(t for t in (np.int8, np.int16, np.int32) if np.iinfo(t).max >= largest)
+        if rank == 0 and not (os.path.exists(part) and os.path.exists(done)):
+            with writing(path):
+                np.lib.format.open_memmap(part, 'w+', kind, (images.length * copies, width)).flush()
+                np.zeros(images.length, np.uint8).tofile(done)
+        if world > 1:
+            dist.barrier()
+        state, offset = np.fromfile(done, np.uint8), np.load(part, mmap_mode='r').offset
         bar = progress(images.length, 'encoding images')
-        for i in range(0, images.length, batch):
-            pixels, captions = images.batch(range(i, min(i + batch, images.length)), substitute=False)
+        for start in range(rank * batch, images.length, world * batch):
+            index = np.arange(start, min(start + batch, images.length))
+            bar.update(min(world * batch, images.length - start))
+            if state[index].all():
+                continue
+            pixels, captions = images.batch(index, substitute=False)
+            good = np.array([images.is_world or images.files[i][0] not in images.bad for i in index])
+            rows = np.zeros((len(index), copies, width), kind)
             if captions:
-                ids = tokenizer.encode(pixels.to(device)).cpu()
-                rows.append(torch.cat([ids, word_ids(captions, images.words, images.caption_length)], 1).int().numpy())
-            bar.update(min(batch, images.length - i))
+                x = pixels.to(device)
+                ids = torch.stack([tokenizer.encode(v) for v in ((x, x.flip(-1)) if flips else (x,))], 1).cpu()
+                cond = word_ids(captions, images.words, images.caption_length)
+                rows[good] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).numpy()
+            for name, at, values in ((part, offset + start * rows[0].nbytes, rows),
+                                     (done, start, np.where(good, 1, 2).astype(np.uint8))):
+                with writing(name), open(name, 'r+b') as file:
+                    file.seek(at)
+                    file.write(values.tobytes())
         bar.close()
-        if images.bad:
-            print(f'{len(images.bad)} of {images.length} files were skipped')
-        if not rows:
-            raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
-        with writing(path):
-            with open(path + f'.{os.getpid()}.tmp', 'wb') as file:
-                np.save(file, np.concatenate(rows))
-            os.replace(file.name, path)
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            state = np.fromfile(done, np.uint8)
+            if (state == 2).any():
+                print(f'{(state == 2).sum()} of {images.length} files were skipped')
+            if not (state == 1).any():
+                raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
+            with writing(path):
+                if (state == 2).any():                           # close the gaps, in a new file
+                    full, keep = np.load(part, mmap_mode='r'), np.flatnonzero(np.repeat(state == 1, copies))
+                    tight = np.lib.format.open_memmap(path + '.tmp', 'w+', kind, (len(keep), width))
+                    for k in range(0, len(keep), 65536):
+                        tight[k:k + 65536] = full[keep[k:k + 65536]]
+                    tight.flush()
+                    os.replace(path + '.tmp', path)
+                    os.remove(part)
+                else:
+                    os.replace(part, path)
+                os.remove(done)
+        if world > 1:
+            dist.barrier()
     return np.load(path, mmap_mode='r')
 
 
@@ -615,8 +663,8 @@ class Tokenizer(nn.Module):
         return tokenizer.eval().requires_grad_(False)
 
 
-PUBLISHED = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=2, n_codes=1024, code_dim=256, mid=2, up=3,
-                             z=256, attention='4,mid', groups=32),
+PUBLISHED = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=2, n_codes=1024, code_dim=256, mid=2,
+                             up=3, z=256, attention='4,mid', groups=32),
              'maskbit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=2, n_codes=128, code_dim=7, S=2, mid=2,
                              groups=32)}
 
@@ -624,8 +672,8 @@ PUBLISHED = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=
 def published_name(key, kind, depth):
     """Our parameter name -> the name in the published file."""
     if kind == 'maskbit':
-        key = re.sub(r'\.mid\.block', '.mid.res_blocks', key)
-        return key.replace('.block.', '.res_blocks.').replace('downsample', 'down_conv').replace('upsample', 'upsample_conv')
+        key = key.replace('.block.', '.res_blocks.').replace('downsample', 'down_conv')
+        return key.replace('upsample', 'upsample_conv')
     key = re.sub(r'up\.(\d+)', lambda m: f'up.{depth - 1 - int(m[1])}', key)           # taming: full resolution first
     key = re.sub(r'\.mid\.(block|attn)\.(\d)', lambda m: f'.mid.{m[1]}_{int(m[2]) + 1}', key)
     return re.sub(r'sample\.', 'sample.conv.', key).replace('codebook', 'quantize.embedding')
@@ -857,8 +905,8 @@ def read_published(source):
                 state = torch.load(name, map_location='cpu', weights_only=True, mmap=packed)
         except Exception as error:  # torch raises many kinds here
             reason = (str(error) or 'empty').splitlines()[0][:90]
-            raise ValueError(f'{name}: truncated, not a weight file, or refused as unsafe ({reason}); nothing in it was '
-                             'executed. Download it again') from None
+            raise ValueError(f'{name}: truncated, not a weight file, or refused as unsafe ({reason}); nothing in it '
+                             'was executed. Download it again') from None
     for nest in ('model_state_dict', 'state_dict'):
         state = state.get(nest, state) if isinstance(state, dict) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
