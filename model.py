@@ -195,7 +195,7 @@ class MDM(nn.Module):
             imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
             V = V or (rows - 1000 if imagenet else 1 << (rows - 1).bit_length() - 1)
             w['tok_emb.weight'], w['class_emb.weight'] = w['tok_emb.weight'].split([V + 1, rows + 1 - V])
-            w['bias'] = w['bias'][:L, :V]                                    # no class position, no mask, no classes
+            w['bias'] = w['bias'][:L, :V].clone()                            # no class position, no mask, no classes
             config = dict(N=L, V=V, n_words=rows - V)
         else:
             inputs, outputs = size('input_proj.weight', D, 0)[1], size('prediction_layer.weight', 0, D)[0]

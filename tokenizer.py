@@ -885,9 +885,11 @@ class Inert:
 
 def read_published(source):
     """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in errors). Nested
-    dicts (MaskGIT, Lightning) are opened, and what is not weights is never read from the disk. The file is read
-    without executing anything: foreign classes become `Inert`. Raises FileNotFoundError, ValueError."""
-    if isinstance(source, dict):
+    dicts (MaskGIT, Lightning) are opened. A file is mapped into memory, private to us, so that an optimizer's state is
+    never read; a dict's tensors are copied. Nothing is executed: foreign classes become `Inert`. Raises
+    FileNotFoundError, ValueError."""
+    given = isinstance(source, dict)
+    if given:
         name, state = 'the given dict', source
     else:
         name = os.fspath(source)
@@ -909,7 +911,7 @@ def read_published(source):
                              'was executed. Download it again') from None
     for nest in ('model_state_dict', 'state_dict'):
         state = state.get(nest, state) if isinstance(state, dict) else {}
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v.clone() if given else v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
     return tensors, name
@@ -926,8 +928,8 @@ def shape_of(weights, name, what, key, *wanted):
 
 
 def fill(network, weights, rename, name):
-    """Load published weights strictly into a network built on the meta device, whose keys `rename` translates.
-    The weights are copied, once. Raises ValueError naming the first key that does not fit."""
+    """Put published weights strictly into a network built on the meta device, whose keys `rename` translates.
+    Raises ValueError naming the first key that does not fit."""
     wanted = {key: rename(key) for key in network.state_dict()}
     for key, value in network.state_dict().items():
         shape_of(weights, name, f'{type(network).__name__}', wanted[key], *value.shape)
@@ -935,7 +937,7 @@ def fill(network, weights, rename, name):
     if extra:
         raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
                          'Is this the right file?')
-    network.load_state_dict({k: weights[w].to(torch.float32, copy=True) for k, w in wanted.items()}, assign=True)
+    network.load_state_dict({k: weights[w].float() for k, w in wanted.items()}, assign=True)
     return network.eval()
 
 
