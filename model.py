@@ -3,9 +3,10 @@ Tokens: the masked diffusion transformer, and every equation that the stages sha
 
     image -> ids (B, N) -> logits (B, N, V) -> soft embedding (B, L, D) -> loss
 
-In order: the transformer with its soft-embedding input; masking, token initialisation, guidance; the multi-step
-teacher sampler and the one-step generator; the Di[M]O divergence; the metrics; and, run as a script, the training of
-the small teacher. Simplified against MaskGIT: no dropout, exact mask counts, loss on masked tokens only.
+In order: the transformer with its soft-embedding input, and loaders of published weights; masking, token
+initialisation, guidance; the multi-step teacher sampler and the one-step generator; the Di[M]O divergence; the
+metrics; and, run as a script, the training of the small teacher. Simplified against MaskGIT: no dropout, exact mask
+counts, loss on masked tokens only.
 
 $ python model.py                               # shapes world, about 5 minutes on 2 CPU cores -> out/model.pt
 $ python model.py --data=my_images              # your folder, with the tokenizer trained on it
@@ -125,7 +126,8 @@ class MDM(nn.Module):
         if x.is_floating_point():
             if x.shape[1:] != (self.N, self.V):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
-            emb = x @ table[:self.V].to(x.dtype)                             # (B, N, bits or D)
+            with torch.autocast(x.device.type, enabled=False):               # exact for a one-hot in bf16 runs too
+                emb = x @ table[:self.V].to(x.dtype)                         # (B, N, bits or D)
         else:
             emb = F.embedding(x, table)                                      # (B, N, bits or D)
         if mask is not None:
@@ -193,7 +195,9 @@ class MDM(nn.Module):
             rows = size('tok_emb.weight', 0, D)[0] - 2
             size('bias', length, rows + 2)
             imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
-            V = V or (rows - 1000 if imagenet else 1 << (rows - 1).bit_length() - 1)
+            V = V or (rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1)
+            if V >= rows:
+                raise ValueError(f'{name}: tok_emb.weight has {rows + 2} rows, expected V + K + 2 with V = {V}')
             w['tok_emb.weight'], w['class_emb.weight'] = w['tok_emb.weight'].split([V + 1, rows + 1 - V])
             w['bias'] = w['bias'][:L, :V].clone()                            # no class position, no mask, no classes
             config = dict(N=L, V=V, n_words=rows - V)

@@ -32,6 +32,7 @@ ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
 teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
 teacher_path = ''      # file of a published teacher
 tokenizer_path = ''    # file of its tokenizer; also where that of a checkpoint is now, if it moved
+student = False        # the published weights are a one-step generator: Di[M]O's student
 prompt = ''            # one caption for all images; '' takes captions of the training data
 label = ''             # class name or number, for a model trained on a folder
 n = 32                 # images
@@ -142,6 +143,9 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
     The result is a dict on every process; fewer than 50,000 images are called FID@n."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     n, (x, p) = len(labels), network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+    wanted = tuple(torch.from_numpy(ref[key]).double().to(device) for key in ('mu', 'sigma'))
+    if [tuple(w.shape) for w in wanted] != [(x.shape[1],), (x.shape[1],) * 2]:
+        raise SystemExit(f'--ref: mu has shape {tuple(wanted[0].shape)}, the network gives {x.shape[1]} features')
     moments, features, probs = (Moments(x.shape[1], device), torch.zeros(n, x.shape[1], device=device),
                                 torch.zeros(n, p.shape[1], device=device))
     bar = progress(n, 'samples for FID')
@@ -157,7 +161,6 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
     if world > 1:                                                            # each row is zero on all but one process
         dist.all_reduce(features)
         dist.all_reduce(probs)
-    wanted = tuple(torch.from_numpy(ref[key]).double().to(device) for key in ('mu', 'sigma'))
     name = 'FID' if n >= 50_000 else f'FID@{n}'
     row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
     if 'arr_0' in ref:
@@ -184,8 +187,8 @@ if __name__ == '__main__':
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(model, state[weights], ckpt, weights)
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
-    words, length, made = state['words'], state['args']['T'], state['config']
-    is_teacher = state['stage'] == 'model'
+    words, length, is_teacher = state['words'], state['args']['T'], state['stage'] == 'model' and not student
+    made = {'r_init': 0.6, 'sigma_init': 0.1, 'shared_noise': False, **state['config']}    # the paper's, or the run's
     if not is_teacher and (steps > 1 or sweep):
         raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     steps = (steps or min(16, model.N)) if is_teacher else 1

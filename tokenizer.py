@@ -1,10 +1,10 @@
 """
-Images <-> tokens: the shapes world, image folders, and the VQ tokenizer with soft decoding.
+Images <-> tokens: the shapes world, image folders, and the VQ and bit tokenizers with soft decoding.
 
 Everything that touches pixels lives here, so that the rest of the code only sees ids (B, N) and logits (B, N, V).
 The helpers every script needs (overrides, distributed runs, files) stand at the end: this file is the bottom of the
-import graph. Compared with the published VQGAN trainers this one leaves out LPIPS, the discriminator and attention;
-at 32x32 an L1 + L2 loss is enough.
+import graph. Published tokenizers (MaskGIT's VQGAN, MaskBit's) are settings of the same autoencoder. Compared with
+their trainers this one leaves out LPIPS and the discriminator; at 32x32 an L1 + L2 loss is enough.
 
 $ python tokenizer.py                          # shapes world, about 2 minutes on 2 CPU cores -> out/tokenizer.pt
 $ python tokenizer.py --data=my_images         # your folder: sub-folders are classes
@@ -877,10 +877,17 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
 
 
 class Inert:
-    """Stands for every class that a published file pickles: it becomes an empty dict, and nothing is executed."""
+    """Stands for every class or function that a published file pickles: nothing is executed. Without arguments it is
+    a dict, which the file may fill (Lightning's settings), else an empty object."""
 
     def __new__(cls, *arguments):
-        return OrderedDict()
+        return object.__new__(cls) if arguments else OrderedDict()
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 def read_published(source):
