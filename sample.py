@@ -8,6 +8,7 @@ $ python sample.py --ckpt out/distill.pt                                       #
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
+$ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207 --steps=8
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
@@ -183,7 +184,7 @@ if __name__ == '__main__':
     if teacher == 'ours':
         state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     else:
-        state, ckpt = load_teacher(teacher, teacher_path, tokenizer_path), f'out/{teacher}.pt'
+        state, ckpt = load_teacher(teacher, teacher_path, tokenizer_path, data), f'out/{teacher}.pt'
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(model, state[weights], ckpt, weights)
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)

@@ -1001,14 +1001,14 @@ def test_wrong_swapped_and_truncated_files_are_explained():
         exits_with(lambda: transformer('maskgit', narrow), '16 heads', 'n_head')
 
 class Callback:
-    """A foreign class, as a Lightning checkpoint pickles it."""
+    """A foreign class, as a Lightning checkpoint carries one."""
     def __init__(self, path):
         self.path, self.best = path, torch.ones(2)
 
 class Settings(dict):
     """Another, which a file fills item by item."""
 
-def test_pickled_foreign_classes_become_inert_and_code_is_never_executed():
+def test_foreign_classes_become_inert_and_code_is_never_executed():
     with tempfile.TemporaryDirectory() as root:
         class Bomb:
             def __init__(self, function, argument):

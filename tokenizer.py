@@ -612,7 +612,8 @@ class Tokenizer(nn.Module):
             try:
                 return cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'])
             except (ValueError, FileNotFoundError) as error:
-                raise SystemExit(f'{error} (the checkpoint names this tokenizer; if it moved: --tokenizer_path=...)')
+                raise SystemExit(f'{error} (a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
+                                 ) from None
         tokenizer = cls(**saved['args'])
         tokenizer.load_state_dict(saved['net'])
         return tokenizer.eval().requires_grad_(False)
@@ -877,7 +878,7 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
 
 
 class Inert:
-    """Stands for every class or function that a published file pickles: nothing is executed. Without arguments it is
+    """Stands for every class or function that a published file refers to: nothing is executed. Without arguments it is
     a dict, which the file may fill (Lightning's settings), else an empty object."""
 
     def __new__(cls, *arguments):
