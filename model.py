@@ -599,11 +599,6 @@ def image_rngs(seed, index):
     return [rng_for(seed, int(i), 'image') for i in index]
 
 
-def decode_batch(tokenizer):
-    """Images per pass of the decoder, whose memory grows with the pixels: 2048 at 32x32, 32 at 256x256."""
-    return max(1, 2 ** 21 // tokenizer.config['image_size'] ** 2)
-
-
 @torch.no_grad()
 def render(sample, tokenizer, cond, seed, batch=250):
     """Images (n, 3, H, W) on the CPU and milliseconds per image, from sample(cond, rng) -> tokens, in batches."""
@@ -613,7 +608,7 @@ def render(sample, tokenizer, cond, seed, batch=250):
         for k in range(0, len(cond), batch):
             part = cond[k:k + batch].to(device)
             tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
-            images.extend(tokenizer.decode(t).float().cpu() for t in tokens.split(decode_batch(tokenizer)))
+            images.extend(tokenizer.decode(t).float().cpu() for t in tokens.split(tokenizer.batch))
     milliseconds = timed(run, 1, device) * 1000 / len(cond)
     return torch.cat(images), milliseconds
 
@@ -623,7 +618,7 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
     print the table and write path.json and path.png (16 images per row, the same captions in each column)."""
     captions, real = reference.prompts(n)
     device = next(tokenizer.parameters()).device
-    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
+    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(tokenizer.batch)])
     entries, pictures = [], [real[:16]]
     for name, images in (('real images', real), ('tokenizer reconstruction', rebuilt)):
         entries.append(dict(name=name, passes=0, ms=0.0, **reference.measure(images, captions)))

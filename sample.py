@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from model import (MDM, Images, Reference, Tokenizer, configure, decode_batch, frechet_distance, image_rngs,
+from model import (MDM, Images, Reference, Tokenizer, configure, frechet_distance, image_rngs,
                    load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
                    sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
 
@@ -153,7 +153,7 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
     for start in range(rank * batch, n, world * batch):
         index = range(start, min(start + batch, n))
         tokens = draw(labels[list(index)].to(device), image_rngs(seed, index))
-        pixels = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens.split(decode_batch(tokenizer))])
+        pixels = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens.split(tokenizer.batch)])
         features[start:index[-1] + 1], probs[start:index[-1] + 1] = x, p = network(pixels)
         moments.add(x)
         bar.update(min(world * batch, n - start))

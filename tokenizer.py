@@ -396,8 +396,9 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
             good = np.array([images.is_world or images.files[i][0] not in images.bad for i in index])
             rows = np.zeros((len(index), copies, width), kind)
             if captions:
-                x = pixels.to(device)
-                ids = torch.stack([tokenizer.encode(v) for v in ((x, x.flip(-1)) if flips else (x,))], 1).cpu()
+                views = (pixels, pixels.flip(-1))[:copies]
+                ids = torch.stack([torch.cat([tokenizer.encode(x.to(device)) for x in v.split(tokenizer.batch)])
+                                   for v in views], 1).cpu()                             # (B, copies, N)
                 cond = word_ids(captions, images.words, images.caption_length)
                 rows[good] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).numpy()
             for name, at, values in ((part, offset + start * rows[0].nbytes, rows),
@@ -553,6 +554,7 @@ class Tokenizer(nn.Module):
         groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or widths[-1], S > 0
         self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
         self.N = self.S * self.grid ** 2
+        self.batch = max(1, min(250, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
         self.encoder = Encoder(ch, widths, n_res, z, groups, plain, attend, mid)
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))                            # (V, code_dim)
