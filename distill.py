@@ -9,6 +9,7 @@ real data enters: the loop sees captions, the teacher, and its own samples.
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
 $ python distill.py --steps=20 --n_eval=200             # smoke test, seconds once the teacher is there
+$ python distill.py --teacher=maskgit --teacher_path=... --tokenizer_path=...   # published weights, see README.md
 $ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
 """
@@ -21,8 +22,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, configure, dimo_grad,
-                   ema_update, final_table, guided_logits, jeffreys, load_checkpoint, make_optimizers, one_step,
-                   progress, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher,
+                   ema_update, final_table, guided_logits, jeffreys, load_checkpoint, load_teacher, make_optimizers,
+                   one_step, progress, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher,
                    save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, token_entropy,
                    word_ids)
 
@@ -30,7 +31,10 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, avera
 # I/O
 data = 'shapes'        # 'shapes', 'shapes-open' or a folder; only used to train a missing teacher and to measure
 out_dir = 'out'        # tokenizer.pt and model.pt are found (or made) here; distill.pt, log and pictures go here
-teacher_ckpt = ''      # another teacher than out_dir/model.pt
+teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
+teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
+tokenizer_path = ''    # file of its tokenizer
+teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/distill.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
@@ -67,6 +71,7 @@ teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the three networks
+grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 # -----------------------------------------------------------------------------
 
@@ -94,13 +99,14 @@ if __name__ == '__main__':
     if n_eval < 4:
         raise SystemExit(f'distill.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
     out = os.path.join(out_dir, 'distill.pt')
-    if rank == 0 and not teacher_ckpt:
+    ours = teacher == 'ours'
+    if rank == 0 and ours and not teacher_ckpt:
         train_missing(data, out_dir, seed)
     if world > 1:
         dist.barrier()
-    teacher_path = teacher_ckpt or os.path.join(out_dir, 'model.pt')
-    packed = load_checkpoint(teacher_path, 'model', 'Train it with: python model.py', fallback=True)
-    if not teacher_ckpt and packed['data'] != data:
+    teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
+    packed = load_teacher(teacher, teacher_path, tokenizer_path, data)
+    if ours and not teacher_ckpt and packed['data'] != data:
         raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
                          f'of its own: --data={data} --out_dir=out/{os.path.basename(data.rstrip("/"))}')
     tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
@@ -113,6 +119,7 @@ if __name__ == '__main__':
     teacher.eval().requires_grad_(False)
     generator_ema.eval().requires_grad_(False)
     for network in (generator, aux):
+        network.checkpointing = grad_checkpoint
         for table in network.embedding_parameters() if freeze_tables else []:
             table.requires_grad_(False)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
@@ -133,9 +140,8 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    source = Images(packed['data'], tokenizer.config['image_size'])
-    reference = Reference(source)
-    shown, _ = reference.prompts(32)
+    reference = Reference(Images(packed['data'], tokenizer.config['image_size'])) if packed['data'] else None
+    shown = reference.prompts(32)[0] if reference else [words[int(k)] for k in torch.linspace(0, len(words) - 1, 32)]
     if rank == 0:
         print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
               f'{batch_size} = {world} x {accumulate} x {micro}, 8 forward-equivalents each' + ' (10)' * (not reuse))
@@ -213,10 +219,12 @@ if __name__ == '__main__':
                     optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]]))
             grid, _ = render(student, tokenizer, conditions(shown[:16]), seed)
             save_grid(f'{out_dir}/distill-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
-            captions, _ = reference.prompts(min(500, n_eval))
-            row = reference.measure(render(student, tokenizer, conditions(captions), seed)[0], captions)
-            bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
-                      f'({row["n"]} images), grid in {out_dir}/distill-{step:06d}.png')
+            note = f'step {step}: grid in {out_dir}/distill-{step:06d}.png'
+            if reference:
+                captions, _ = reference.prompts(min(500, n_eval))
+                row = reference.measure(render(student, tokenizer, conditions(captions), seed)[0], captions)
+                note += f', toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} ({row["n"]} images)'
+            bar.write(note)
         if ending:
             break
         # -------------------------------------------------------------------------
@@ -239,7 +247,9 @@ if __name__ == '__main__':
     bar.close()
 
     # The table
-    if rank == 0 and step >= steps:
+    if rank == 0 and step >= steps and not reference:
+        print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
+    elif rank == 0 and step >= steps:
         samplers = {f'teacher, {n} steps': (2 * n if n > 1 and teacher_cfg != 1 else 1, many_steps(n))
                     for n in sorted({1, min(4, teacher_steps), teacher_steps})}
         final_table(out[:-3], {**samplers, 'student, 1 step': (1, student)}, tokenizer, reference, conditions, n_eval,

@@ -3,9 +3,10 @@ Tokens: the masked diffusion transformer, and every equation that the stages sha
 
     image -> ids (B, N) -> logits (B, N, V) -> soft embedding (B, L, D) -> loss
 
-In order: the transformer with its soft-embedding input; masking, token initialisation, guidance; the multi-step
-teacher sampler and the one-step generator; the Di[M]O divergence; the metrics; and, run as a script, the training of
-the small teacher. Simplified against MaskGIT: no dropout, exact mask counts, loss on masked tokens only.
+In order: the transformer with its soft-embedding input, and loaders of published weights; masking, token
+initialisation, guidance; the multi-step teacher sampler and the one-step generator; the Di[M]O divergence; the
+metrics; and, run as a script, the training of the small teacher. Simplified against MaskGIT: no dropout, exact mask
+counts, loss on masked tokens only.
 
 $ python model.py                               # shapes world, about 5 minutes on 2 CPU cores -> out/model.pt
 $ python model.py --data=my_images              # your folder, with the tokenizer trained on it
@@ -15,23 +16,26 @@ Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a p
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, check, configure, draw,
-                       factors, is_rank0, load_checkpoint, parse_caption, progress, report_bench, restore, rng_for,
-                       same_weights, save_checkpoint, save_grid, split_batch, start_processes, timed, token_data,
-                       word_ids, writing)
+from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check, configure,
+                       draw, factors, fill, is_rank0, load_checkpoint, parse_caption, progress, read_published,
+                       report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch,
+                       start_processes, timed, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
 data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
 out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and the token cache go here
 n_images = 50_000      # training images of the shapes world, encoded once; a folder is used whole
+flips = False          # also encode every image mirrored; MaskGIT and MaskBit True
 resume = False         # continue from out_dir/model.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
@@ -82,26 +86,33 @@ class Block(nn.Module):
 class MDM(nn.Module):
     """Masked diffusion transformer over N tokens of V codes, conditioned on T appended words (a class is one word).
 
-    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position.
-    `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word", and a row of only that is
-    the null condition. The mask id is V.
+    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position. With
+    `bits` it is MaskBit's: a code is `bits` numbers -1/+1, S tokens share one of the L = N / S positions, output table
+    of its own, norms after. `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word",
+    and a row of only that is the null condition. The mask id is V.
     """
 
-    def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5):
+    def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5, bits=0, S=1):
         super().__init__()
         self.config = dict(N=N, V=V, D=D, depth=depth, n_head=n_head, n_words=n_words, T=T, mlp=mlp or 4 * D,
-                           post_norm=post_norm, eps=eps)
+                           post_norm=post_norm, eps=eps, bits=bits, S=S)
         if D % n_head:
             raise ValueError(f'width D = {D} is not a multiple of n_head = {n_head}')
-        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N, V, D, V, n_words
-        self.tok_emb = nn.Embedding(V + 1, D)                                # codes, then the mask
+        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N // S, V, D, V, n_words
+        self.checkpointing = False                                           # recompute blocks in backward: less memory
+        self.pos_emb = nn.Parameter(torch.zeros(1, self.L + T, D))
+        if bits:
+            self.register_buffer('codes', F.pad(bit_rows(bits), (0, 0, 0, 1)))  # (V + 1, bits), the mask is zeros
+            self.input_proj, self.output = nn.Linear(S * bits, D), nn.Linear(D, S * V)
+        else:
+            self.tok_emb, self.input_proj = nn.Embedding(V + 1, D), nn.Identity()  # codes, then the mask
+            self.bias = nn.Parameter(torch.zeros(N, V))
         self.cond_emb = nn.Embedding(n_words + 1, D)                         # words, then "no word"
-        self.pos_emb = nn.Parameter(torch.zeros(1, N + T, D))
         norm = lambda: nn.LayerNorm(D, eps=1e-12)
-        self.first = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D))
+        more = [] if post_norm else [nn.Linear(D, D), nn.GELU(), norm(), nn.Linear(D, D)]
+        self.first = nn.Sequential(norm(), *more)
         self.blocks = nn.ModuleList([Block(D, n_head, mlp or 4 * D, post_norm, eps) for _ in range(depth)])
-        self.last = nn.Sequential(norm(), nn.Linear(D, D), nn.GELU(), norm())
-        self.bias = nn.Parameter(torch.zeros(N, V))
+        self.last = nn.Sequential(*([] if post_norm else [norm()]), nn.Linear(D, D), nn.GELU(), norm())
         for name, p in self.named_parameters():
             if p.dim() > 1 and name != 'bias':
                 nn.init.trunc_normal_(p, std=0.02)
@@ -109,15 +120,19 @@ class MDM(nn.Module):
     def embed(self, x, mask=None):
         """Ids (B, N), mask id allowed, or probabilities (B, N, V) -> token embeddings (B, L, D), before positions.
         Positions where mask (B, N) is True get the mask embedding. Probabilities give the soft embedding
-        E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3); a one-hot gives exactly the hard one."""
-        table = self.tok_emb.weight
+        E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3), for bits the projection of the expected bits; a
+        one-hot gives exactly the hard one."""
+        table = self.codes if self.config['bits'] else self.tok_emb.weight   # (V + 1, bits or D), the mask last
         if x.is_floating_point():
             if x.shape[1:] != (self.N, self.V):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
-            emb = x @ table[:self.V].to(x.dtype)                             # (B, N, D)
+            with torch.autocast(x.device.type, enabled=False):               # exact for a one-hot in bf16 runs too
+                emb = x @ table[:self.V].to(x.dtype)                         # (B, N, bits or D)
         else:
-            emb = F.embedding(x, table)                                      # (B, N, D)
-        return emb if mask is None else torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+            emb = F.embedding(x, table)                                      # (B, N, bits or D)
+        if mask is not None:
+            emb = torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+        return self.input_proj(emb.reshape(len(x), self.L, -1))              # S tokens side by side: (B, L, D)
 
     def features(self, emb, cond, layers):
         """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
@@ -126,7 +141,8 @@ class MDM(nn.Module):
         h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)  # (B, L + T, D)
         states = []
         for k, block in enumerate(self.blocks[:max(layers)], 1):
-            h = block(h)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
             if k in layers:
                 states.append(h[:, :self.L])
         return states
@@ -137,21 +153,111 @@ class MDM(nn.Module):
         emb = x if self.is_embedding(x) else self.embed(x)
         emb = add_noise(emb, sigma, rng, shared_noise)
         h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
+        if self.config['bits']:
+            return self.output(h).view(len(h), self.N, self.V)
         return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias         # the tied row V, the mask, is dropped
 
     def is_embedding(self, x):
-        """Told from probabilities by the last axis; where V = D by what only probabilities do, sum to one."""
-        if not x.is_floating_point() or x.shape[-1] != self.D:
+        """Told from probabilities by the shape; where both have the same by what only probabilities do, sum to 1."""
+        if not x.is_floating_point() or x.shape[1:] != (self.L, self.D):
             return False
-        return self.V != self.D or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
+        return (self.N, self.V) != (self.L, self.D) or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
 
     def null(self, cond):
         """The unconditional condition of the same batch."""
         return torch.full_like(cond, self.n_words)
 
     def embedding_parameters(self):
-        """The tables that Di[M]O keeps frozen (they are the output tables too)."""
-        return [self.tok_emb.weight, self.cond_emb.weight]
+        """The tables that Di[M]O keeps frozen (MaskGIT's is the output table too)."""
+        tables = [self.input_proj, self.cond_emb] if self.config['bits'] else [self.tok_emb, self.cond_emb]
+        return [p for table in tables for p in table.parameters()]
+
+    @classmethod
+    def from_pretrained(cls, kind, path, n_head=None, V=None):
+        """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the dict that it holds;
+        path 'random' is the published size with random weights. All sizes but the heads are read off the shapes:
+        n_head is the published 16 unless given. MaskGIT keeps V codes and K classes in one table; unless given, V is
+        the power of two >= 256 that leaves K = 1000, or else the largest that fits. Errors: ValueError,
+        FileNotFoundError, one line."""
+        if kind not in PUBLISHED:
+            raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
+        if isinstance(path, str) and path == 'random':
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return cls(**PUBLISHED[kind]).eval()
+        w, name = read_published(path)
+        w = {re.sub('^token_emb', 'input_proj', k): v for k, v in w.items() if k != 'bits_to_indices'}
+        size = lambda key, *wanted: shape_of(w, name, f'a {kind} transformer', key, *wanted)
+        _, length, D = size('pos_emb', 1, 0, 0)
+        L, depth = length - 1, len({k.split('.')[2] for k in w if k.startswith('transformer.layers.')})
+        mlp = size(published_name('blocks.0.mlp.0.weight', kind), 0, D)[0]
+        if kind == 'maskgit':
+            rows = size('tok_emb.weight', 0, D)[0] - 2
+            size('bias', length, rows + 2)
+            imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
+            V = V or (rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1)
+            if V >= rows:
+                raise ValueError(f'{name}: tok_emb.weight has {rows + 2} rows, expected V + K + 2 with V = {V}')
+            w['tok_emb.weight'], w['class_emb.weight'] = w['tok_emb.weight'].split([V + 1, rows + 1 - V])
+            w['bias'] = w['bias'][:L, :V].clone()                            # no class position, no mask, no classes
+            config = dict(N=L, V=V, n_words=rows - V)
+        else:
+            inputs, outputs = size('input_proj.weight', D, 0)[1], size('prediction_layer.weight', 0, D)[0]
+            S = next((s for s in (2, 1, *range(3, inputs + 1)) if not inputs % s and s << inputs // s == outputs), 0)
+            if not S:
+                raise ValueError(f'{name}: prediction_layer.weight has {outputs} rows, expected S 2^k where '
+                                 f'input_proj.weight has S k = {inputs} columns; are both of one release?')
+            w['codes'] = F.pad(bit_rows(inputs // S), (0, 0, 0, 1))
+            config = dict(N=L * S, V=outputs // S, n_words=size('class_emb.weight', 0, D)[0] - 1, bits=inputs // S, S=S)
+        if not n_head and D % 16:
+            raise ValueError(f'{name}: width {D} is not a multiple of the published 16 heads; give n_head=...')
+        keep = {k: PUBLISHED[kind][k] for k in ('post_norm', 'eps')}
+        with torch.device('meta'):
+            model = cls(**config, D=D, depth=depth, n_head=n_head or 16, mlp=mlp, **keep)
+        return fill(model, w, lambda key: published_name(key, kind), name)
+
+
+def load_teacher(kind, path, tokenizer_path='', data=''):
+    """A teacher as the dict that model.pt holds (args, ema, words, data, prompts, tokenizer): kind 'ours' reads that
+    file; maskgit and maskbit read published weights, whose words are the class numbers, or the names of the class
+    folders if `data` is a folder (sorted, the published order). Exits with one line."""
+    if kind == 'ours':
+        return load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
+    tokenizer_path = tokenizer_path or ('random' if path == 'random' else '')
+    if not path or not tokenizer_path:
+        raise SystemExit(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where '
+                         'to get them, and --teacher_path=random takes random weights of the published size')
+    try:
+        net = MDM.from_pretrained(kind, path)
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    if (net.N, net.V) != (tokenizer.N, tokenizer.V):
+        raise SystemExit(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of '
+                         f'{tokenizer.V}: they are not of one release')
+    data = '' if data.startswith('shapes') else data
+    words = Images(data, tokenizer.config['image_size']).words if data else [str(k) for k in range(net.n_words)]
+    if len(words) != net.n_words:
+        raise SystemExit(f'--data={data} has {len(words)} class folders, {path} knows {net.n_words} classes')
+    return dict(stage='model', step=0, config={}, args=net.config, ema=net.state_dict(), words=list(words), data=data,
+                prompts=torch.arange(net.n_words)[:, None], tokenizer=tokenizer.pack())
+
+
+PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072, post_norm=False,
+                             eps=1e-5),
+             'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True,
+                             eps=1e-12, bits=7, S=2)}
+
+
+def published_name(key, kind):
+    """Our parameter name -> the name in the published file."""
+    fn = 'fn.' if kind == 'maskgit' else ''
+    inner = {'norm1.': '0.norm.', 'norm2.': '1.norm.', 'qkv.': f'0.{fn}mha.in_proj_', 'proj.': f'0.{fn}mha.out_proj.',
+             'mlp.0.': f'1.{fn}net.0.', 'mlp.2.': f'1.{fn}net.{3 if fn else 2}.'}
+    key = re.sub(r'^blocks\.(\d+)\.(mlp\.\d\.|\w+\.)', lambda m: f'transformer.layers.{m[1]}.{inner[m[2]]}', key)
+    place = {'0': '0', '1': '2', '3': '4', '4': '6'} if fn else {'0': '0', '2': '2'}   # MaskGIT counts its dropouts
+    key = re.sub(r'^(first|last)\.(\d)', lambda m: f'{m[1]}_layer.{place[m[2]]}', key)
+    return re.sub('^output', 'prediction_layer', re.sub('^cond_emb', 'class_emb', key))
 
 
 # -----------------------------------------------------------------------------
@@ -262,20 +368,39 @@ def filter_probs(probs, top_k=0, top_p=0.0):
     return probs
 
 
+def sampling_plan(steps, N, law='maskgit', power=3.0):
+    """The published samplers in numbers per step: tokens to reveal, the share of guidance, the share of Gumbel noise.
+    maskgit: `reveal_counts`, j / (n - 1), 1 - j / (n - 1). maskbit, with q = (j + 1) / n: floor(N arccos(q) / (pi / 2))
+    stay masked (at least 1, fewer than before; none at the end), (1 - cos(pi (j / n)^power)) / 2, 1 - q."""
+    counts, j = reveal_counts(steps, N), torch.arange(steps)                 # ratios in float32, as published
+    if law == 'maskgit':
+        ramp = j / max(1, steps - 1)
+        return counts, ramp.tolist(), (1 - ramp).tolist()
+    if law != 'maskbit':
+        raise ValueError(f'unknown law {law!r} of the sampler; expected maskgit or maskbit')
+    q, masked = (j + 1) / steps, [N]
+    for wanted in (N * mask_ratio(q[:-1]).clamp(1e-6, 1)).floor().int().tolist():
+        masked.append(min(max(1, wanted), masked[-1] - 1))
+    counts = [before - after for before, after in zip(masked, masked[1:] + [0])]
+    return counts, ((1 - torch.cos(math.pi * (j / steps) ** power)) / 2).tolist(), (1 - q).tolist()
+
+
 @torch.no_grad()
-def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0):
-    """MaskGIT's confidence sampler -> tokens (B, N). At step j of n, with ramp = j / (n - 1): guidance
-    1 + (s - 1) ramp; one draw per position from softmax(logits / tau); confidence log p + gumbel (1 - ramp) g; the
-    most confident are revealed and stay. Published MaskGIT: 8 steps, cfg_scale 4, gumbel 4.5."""
+def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
+                   power=3.0):
+    """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1 + (s - 1) share; one
+    draw per position from softmax(logits / tau); confidence log p + gumbel share g; the most confident are revealed
+    and stay. `law` '' is the model's own. Published: MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64
+    steps, cfg_scale 8.1, gumbel 7.8, power 3."""
     x = torch.full((len(cond[0] if isinstance(cond, tuple) else cond), model.N), model.mask_id)
     x = x.to(next(model.parameters()).device)
-    for j, count in enumerate(reveal_counts(steps, model.N)):
-        ramp = j / max(1, steps - 1)
-        logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * ramp).float() / tau
+    law = law or ('maskbit' if model.config['bits'] else 'maskgit')
+    for count, guide, noisy in zip(*sampling_plan(steps, model.N, law, power)):
+        logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * guide).float() / tau
         probs = filter_probs(logits.softmax(-1), top_k, top_p)
         tokens = categorical(probs, rng)
         noise = -torch.log(-torch.log(random_numbers(x.shape, rng, x.device).clamp(1e-9, 1 - 1e-7)))
-        confidence = probs.gather(-1, tokens[..., None])[..., 0].log() + gumbel * (1 - ramp) * noise
+        confidence = probs.gather(-1, tokens[..., None])[..., 0].log() + gumbel * noisy * noise
         confidence[x != model.mask_id] = -torch.inf
         chosen = confidence.topk(count).indices
         x.scatter_(1, chosen, tokens.gather(1, chosen))
@@ -415,14 +540,14 @@ def toy_features(images):
 
 
 def frechet_distance(x, y):
-    """Frechet distance of two Gaussians fitted to features x (M, d), y (N, d), float64 (Heusel et al. 2017):
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from the symmetric S1^(1/2) S2 S1^(1/2)."""
-    x, y = x.double(), y.double()
-    s1, s2 = (torch.cov(z.T).reshape(z.shape[1], -1) for z in (x, y))
+    """Frechet distance of two Gaussians, float64 (Heusel et al. 2017), each given by features (M, d) or by a tuple of
+    mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from S1^(1/2) S2 S1^(1/2)."""
+    fit = lambda z: (z.double().mean(0), torch.cov(z.double().T).reshape(z.shape[1], -1))
+    (m1, s1), (m2, s2) = (z if isinstance(z, tuple) else fit(z) for z in (x, y))
     values, vectors = torch.linalg.eigh(s1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+    return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 
 
 def precision_recall(real, fake, k=3):
@@ -498,7 +623,8 @@ def render(sample, tokenizer, cond, seed, batch=250):
     def run():
         for k in range(0, len(cond), batch):
             part = cond[k:k + batch].to(device)
-            images.append(tokenizer.decode(sample(part, image_rngs(seed, range(k, k + len(part))))).float().cpu())
+            tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
+            images.extend(tokenizer.decode(t).float().cpu() for t in tokens.split(tokenizer.batch))
     milliseconds = timed(run, 1, device) * 1000 / len(cond)
     return torch.cat(images), milliseconds
 
@@ -508,7 +634,7 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
     print the table and write path.json and path.png (16 images per row, the same captions in each column)."""
     captions, real = reference.prompts(n)
     device = next(tokenizer.parameters()).device
-    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(250)])
+    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x.to(device))).cpu() for x in real.split(tokenizer.batch)])
     entries, pictures = [], [real[:16]]
     for name, images in (('real images', real), ('tokenizer reconstruction', rebuilt)):
         entries.append(dict(name=name, passes=0, ms=0.0, **reference.measure(images, captions)))
@@ -536,7 +662,7 @@ if __name__ == '__main__':
     images = Images(data, tokenizer.config['image_size'], n_images)
     if packed['config']['data'] != data and rank == 0:
         print(f'note: {tokenizer_path} was trained on {packed["config"]["data"]}, not on {data}')
-    dataset = token_data(images, tokenizer, out_dir, device)    # (M, N + T) int32
+    dataset = token_data(images, tokenizer, out_dir, device, flips=flips)  # (M, N + T)
     N, words, T = tokenizer.N, list(images.words), images.caption_length
 
     torch.manual_seed(seed)

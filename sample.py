@@ -8,20 +8,32 @@ $ python sample.py --ckpt out/distill.pt                                       #
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
+$ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207 --steps=8
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
+$ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
+      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
+import hashlib
 import json
 import os
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 
-from model import (MDM, Images, Reference, Tokenizer, configure, load_checkpoint, one_step, render, restore,
+from model import (MDM, Images, Reference, Tokenizer, configure, frechet_distance, image_rngs,
+                   load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
                    sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
+teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
+teacher_path = ''      # file of a published teacher
+tokenizer_path = ''    # file of its tokenizer; also where that of a checkpoint is now, if it moved
+student = False        # the published weights are a one-step generator: Di[M]O's student
 prompt = ''            # one caption for all images; '' takes captions of the training data
 label = ''             # class name or number, for a model trained on a folder
 n = 32                 # images
@@ -29,6 +41,8 @@ seed = 0               # image k follows from (seed, k)
 steps = 0              # passes of a teacher, 0 = 16; a generator takes one
 cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
 gumbel = 2.0           # Gumbel temperature of the teacher's confidence, falling to 0
+law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
+power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
 tau = 1.0              # softmax temperature, below 1 is more typical, above 1 more varied
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
@@ -39,6 +53,8 @@ png_dir = ''           # also write every image as a PNG file into this folder
 metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
+inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
+ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
 sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3, 4 x Gumbel temperature 0.5, 1, 2, 4
 # -----------------------------------------------------------------------------
 
@@ -71,22 +87,109 @@ def write_pngs(folder, images, captions):
             file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
 
 
+class Moments:
+    """Mean and covariance of features in float64 from partial sums: `add` rows (B, d), `merge` all processes."""
+
+    def __init__(self, d, device='cpu'):
+        self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+
+    def add(self, x):
+        x = F.pad(x.double(), (0, 1), value=1)                               # [x, 1]^T [x, 1]: products, sums, count
+        self.sums += x.T @ x
+
+    def merge(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self):
+        """-> mean (d,), covariance (d, d)."""
+        n, mean = self.sums[-1, -1], self.sums[-1, :-1] / self.sums[-1, -1]
+        return mean, (self.sums[:-1, :-1] - n * mean[:, None] * mean) / (n - 1)
+
+
+def inception_score(probs, split=5000):
+    """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class probabilities (n, K),
+    averaged over the splits. Labels must be in random order, or a split sees few classes."""
+    gain = lambda p: (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp()
+    return float(torch.stack([gain(p) for p in probs.double().split(split)]).mean())
+
+
+def load_inception(path, device):
+    """The TorchScript Inception network that the user names, a program: uint8 images (B, 3, H, W) -> features
+    (B, 2048), class probabilities (B, 1008). -> that function, sha256 of the file. Exits with one line."""
+    try:
+        digest = hashlib.sha256(open(path, 'rb').read()).hexdigest()
+        network = torch.jit.load(path, map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f'{path}: not readable as TorchScript ({str(error).splitlines()[0][:80]}); expected '
+                         'inception-2015-12-05.pt, see README.md') from None
+    torch.backends.cudnn.allow_tf32 = False
+    return lambda x: (network(x, return_features=True).float(), network(x, no_output_bias=True).float()), digest
+
+
+def balanced_labels(n, K, seed):
+    """n class labels (n,): one random permutation of the K classes, repeated."""
+    return torch.randperm(K, generator=rng_for(seed, 0, 'labels')).repeat(-(-n // K))[:n]
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255: clip(127.5 x + 128), truncated, as Di[M]O's evaluation does."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device):
+    """FID, IS, precision and recall of images that draw(cond, rngs) makes for labels (n,). `network` gives features
+    and probabilities; `ref` is the open npz. Batch k belongs to process k mod world; image i follows from (seed, i).
+    The result is a dict on every process; fewer than 50,000 images are called FID@n."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n, (x, p) = len(labels), network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+    wanted = tuple(torch.from_numpy(ref[key]).double().to(device) for key in ('mu', 'sigma'))
+    if [tuple(w.shape) for w in wanted] != [(x.shape[1],), (x.shape[1],) * 2]:
+        raise SystemExit(f'--ref: mu has shape {tuple(wanted[0].shape)}, the network gives {x.shape[1]} features')
+    moments, features, probs = (Moments(x.shape[1], device), torch.zeros(n, x.shape[1], device=device),
+                                torch.zeros(n, p.shape[1], device=device))
+    bar = progress(n, 'samples for FID')
+    for start in range(rank * batch, n, world * batch):
+        index = range(start, min(start + batch, n))
+        tokens = draw(labels[list(index)].to(device), image_rngs(seed, index))
+        pixels = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens.split(tokenizer.batch)])
+        features[start:index[-1] + 1], probs[start:index[-1] + 1] = x, p = network(pixels)
+        moments.add(x)
+        bar.update(min(world * batch, n - start))
+    bar.close()
+    moments.merge()
+    if world > 1:                                                            # each row is zero on all but one process
+        dist.all_reduce(features)
+        dist.all_reduce(probs)
+    name = 'FID' if n >= 50_000 else f'FID@{n}'
+    row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
+    if 'arr_0' in ref:
+        real = torch.from_numpy(ref['arr_0']).permute(0, 3, 1, 2)            # (M, 3, H, W) uint8
+        real = torch.cat([network(r.to(device))[0] for r in real.split(batch)])
+        row['precision'], row['recall'] = precision_recall(real, features)
+    return row
+
+
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
     configure(globals())
-    _, world, device, autocast = start_processes()
-    if world > 1:
-        raise SystemExit('sample.py: runs as one process; start it with python, not torchrun')
+    rank, world, device, autocast = start_processes()
+    if world > 1 and not (metrics and inception):
+        raise SystemExit('sample.py: runs as one process, except for --metrics --inception=...; start it with python')
     if weights not in ('ema', 'net') or n < 1 or n_metrics < 4 or tau <= 0 or not 0 <= top_p <= 1:
         raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 4, --tau > 0 and '
                          '0 <= --top_p <= 1')
-    state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if teacher == 'ours':
+        state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    else:
+        state, ckpt = load_teacher(teacher, teacher_path, tokenizer_path, data), f'out/{teacher}.pt'
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(model, state[weights], ckpt, weights)
-    tokenizer = Tokenizer.from_checkpoint(state['tokenizer']).to(device)
-    words, length, made = state['words'], state['args']['T'], state['config']
-    is_teacher = state['stage'] == 'model'
+    tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
+    words, length, is_teacher = state['words'], state['args']['T'], state['stage'] == 'model' and not student
+    made = {'r_init': 0.6, 'sigma_init': 0.1, 'shared_noise': False, **state['config']}    # the paper's, or the run's
     if not is_teacher and (steps > 1 or sweep):
         raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     steps = (steps or min(16, model.N)) if is_teacher else 1
@@ -99,7 +202,7 @@ if __name__ == '__main__':
         def draw(cond, rng):
             with autocast:
                 if is_teacher:
-                    return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p)
+                    return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p, law, power)
                 return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p,
                                 made['shared_noise'])[1]
         return draw
@@ -113,7 +216,34 @@ if __name__ == '__main__':
     def passes(cfg_scale):
         return steps * (1 + (is_teacher and steps > 1 and cfg_scale != 1))
 
+    if metrics and inception:
+        if length > 1:
+            raise SystemExit(f'sample.py: --inception needs a model of classes; {ckpt} reads captions')
+        network, digest = load_inception(inception, device)
+        try:
+            reference = np.load(ref)
+            reference['mu'], reference['sigma']
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise SystemExit(f'sample.py: --ref={ref}: {type(error).__name__}; expected an npz with mu and sigma, as '
+                             'the ADM suite publishes (see README.md)') from None
+        labels = balanced_labels(n_metrics, state['args']['n_words'], seed)
+        row = inception_metrics(sampler(cfg_scale, gumbel), tokenizer, labels, network, reference, seed, batch, device)
+        if rank == 0:
+            print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({n_metrics} images, seeds ({seed}, k), '
+                  f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
+            if 'arr_0' not in reference:
+                print(f'no precision and recall: {ref} holds no images (arr_0)')
+            path = f'{os.path.splitext(ckpt)[0]}-inception.json'
+            with writing(path), open(path, 'w') as file:
+                json.dump(dict(row, ckpt=ckpt, step=state['step'], seed=seed, ref=ref, sha256=digest), file)
+            print(f'-> {path}')
+        if world > 1:
+            dist.destroy_process_group()
+        raise SystemExit
+
     if metrics or sweep:
+        if not (data or state['data']):
+            raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception and --ref')
         source = Images(data or state['data'], tokenizer.config['image_size'])
         reference = Reference(source)
         captions, real = reference.prompts(n_metrics)

@@ -851,6 +851,400 @@ def test_bench_shows_that_one_pass_for_both_updates_saves_two_forwards_of_ten():
 
 
 # -----------------------------------------------------------------------------
+# Published teachers
+
+def golden(name):
+    if not os.environ.get('GOLDEN'):
+        raise SkipTest('GOLDEN is not set')
+    return torch.load(os.path.join(os.environ['GOLDEN'], f'{name}.pt'), weights_only=True)
+
+def near(a, b):
+    assert a.shape == b.shape and (a - b).abs().max() < 1e-4, (a.shape, b.shape, (a - b).abs().max())
+
+def subcodes(index, bits):
+    """Full indices (B, L) -> the two sub-token ids of every position (B, 2 L), low bits first."""
+    return torch.stack([index % 2 ** (bits // 2), index >> bits // 2], -1).flatten(1)
+
+def mini(kind, **changes):
+    """A small transformer of random weights in the shape of a published one."""
+    sizes = dict(maskgit=dict(N=16, V=32), maskbit=dict(N=32, V=8, bits=3, S=2, post_norm=True, eps=1e-12))[kind]
+    return small_model(**{**dict(D=32, n_head=16, n_words=10, T=1, mlp=40), **sizes, **changes})
+
+def mini_tokenizer(kind, **changes):
+    torch.manual_seed(0)
+    sizes = dict(maskgit=dict(n_codes=32, code_dim=5, z=6, mid=2, up=2, attention='2,mid'),
+                 maskbit=dict(n_codes=8, code_dim=3, S=2, mid=1, up=1))[kind]
+    return T.Tokenizer(**{**dict(image_size=16, ch=32, ch_mult='1,1,2', n_res=1, groups=32), **sizes, **changes}).eval()
+
+def published(network, kind):
+    """The weights of a network of ours in the published layout."""
+    own = network.state_dict()
+    if isinstance(network, T.Tokenizer):
+        depth = network.config['ch_mult'].count(',') + 1
+        return {T.published_name(k, kind, depth): v for k, v in own.items() if k != 'codes'}
+    state = {M.published_name(k, kind): v for k, v in own.items() if k != 'codes'}
+    if kind == 'maskgit':
+        state['tok_emb.weight'] = torch.cat([state['tok_emb.weight'], state.pop('class_emb.weight')])
+        rest = len(state['tok_emb.weight']) - network.V
+        state['bias'] = F.pad(state['bias'], (0, rest, 0, 1), value=7.0)        # the entries that must be dropped
+        return dict(iter=1, global_epoch=1, model_state_dict=state, optimizer_state_dict={})
+    return state
+
+def test_maskgit_transformer_equals_the_golden_logits():
+    file = golden('maskgit_transformer')
+    x, y = file['inputs'], file['outputs']
+    for weights in (file['checkpoint'], file['checkpoint']['model_state_dict']):   # the flat one is Di[M]O's student
+        model = M.MDM.from_pretrained('maskgit', weights, n_head=4)
+        tokens, labels = x['tokens'].flatten(1), x['labels']
+        dropped = torch.where(x['drop_label'], model.n_words, labels)
+        with torch.no_grad():
+            for cond, name in ((labels, ''), (dropped, '_drop'), (model.null(labels), '_all_drop')):
+                near(model(tokens, cond), y[f'logits{name}'][..., :32])
+                near(model(tokens, cond[:, None]), y[f'logits{name}'][..., :32])
+
+def test_maskbit_generators_equal_the_golden_logits():
+    for name, bits in (('maskbit_generator', 6), ('maskbit_generator_14bit', 14)):
+        file = golden(name)
+        x, y, old = file['inputs'], file['outputs'], {}
+        for key, value in file['state_dict'].items():
+            old[key.replace('input_proj', 'token_emb')] = value                 # the prefix of some released files
+        for weights in (file['state_dict'], old):
+            model = M.MDM.from_pretrained('maskbit', weights, n_head=4)
+            tokens, labels = x['tokens'].flatten(1), x['labels']
+            assert torch.equal(subcodes(x['index'], bits), y['split'].flatten(1))
+            assert torch.equal(F.embedding(tokens, model.codes).view(3, 16, bits), y['bits_in'])
+            dropped = torch.where(x['drop_label'], model.n_words, labels)
+            with torch.no_grad():
+                for cond, part in ((labels, 'cond'), (dropped, 'drop'), (model.null(labels), 'uncond')):
+                    near(model(tokens, cond), y[f'logits_{part}'].flatten(1, 2))
+
+def test_taming_vqgan_equals_the_golden_images():
+    file = golden('taming_vqgan')
+    x, y, tokenizer = file['inputs'], file['outputs'], T.Tokenizer.from_pretrained('maskgit', file['checkpoint'])
+    near(tokenizer.decode(x['code'].flatten(1)), y['image_from_code'])
+    near(tokenizer.latents(x['image']), y['encoder_out'].flatten(2).transpose(1, 2))
+    assert torch.equal(tokenizer.encode(x['image']), y['indices'].flatten(1))
+
+def test_maskbit_tokenizers_equal_the_golden_images():
+    for name in ('maskbit_tokenizer', 'maskbit_tokenizer_3level'):
+        file = golden(name)
+        x, y, tokenizer = file['inputs'], file['outputs'], T.Tokenizer.from_pretrained('maskbit', file['state_dict'])
+        image = x['image'] * 2 - 1                                              # the file's images lie in [0, 1]
+        latents = tokenizer.latents(image)
+        near(latents.view(2, -1, 6), y['encoder_out'].flatten(2).transpose(1, 2))
+        ids = tokenizer.encode(image)
+        assert torch.equal(ids, subcodes(y['indices'].flatten(1), 6))
+        assert torch.equal(F.embedding(ids, tokenizer.codes).view(2, -1, 6), y['quantised'].flatten(2).transpose(1, 2))
+        near((tokenizer.decode(ids) + 1) / 2, y['reconstruction'])
+        near((tokenizer.decode(subcodes(x['indices'], 6)) + 1) / 2, y['image_from_indices'])
+
+def test_maskbit_sampling_equals_the_golden_tables():
+    published_settings = {'14bit_64steps': (7.1, 3.0), '14bit_128steps': (7.1, 3.0), '14bit_256steps': (5.8, 3.0),
+                          '10bit_64steps': (6.4, 2.5)}
+    for name, table in golden('schedules')['maskbit'].items():
+        scale, power = published_settings[name]
+        masked, expected = table['masked_before_step'].tolist(), table['guidance_scale']
+        counts, guide, noisy = M.sampling_plan(len(masked), 512, 'maskbit', power)
+        assert counts == [a - b for a, b in zip(masked, masked[1:] + [0])]
+        assert (scale * torch.tensor(guide) - expected).abs().max() < 1e-5 and noisy[-1] == 0
+
+def test_maskbit_sampler_follows_its_plan():
+    model, seen, cond = mini('maskbit'), [], torch.randint(10, (4, 1))
+    forward, (counts, guide, _) = model.forward, M.sampling_plan(6, 32, 'maskbit', 3.0)
+    def spy(x, cond):
+        logits = forward(x, cond)
+        seen.append((x.clone(), logits))
+        return logits
+    model.forward = spy
+    tokens = M.sample_teacher(model, cond, 6, cfg_scale=8.1, gumbel=7.8)
+    assert ((tokens >= 0) & (tokens < 8)).all() and sum(counts) == 32 and guide[0] == 0
+    for k, (x, _) in enumerate(s for s in seen if len(s[0]) in (4, 8)):
+        assert (x[:4] == 8).sum(1).eq(32 - sum(counts[:k])).all()
+        assert torch.equal(x[:4][x[:4] != 8], tokens[x[:4] != 8])               # what is revealed stays
+    c, u = torch.randn(2, 3)
+    assert torch.allclose(torch.lerp(u, c, 1 + 7.1 * guide[3]), c + 7.1 * guide[3] * (c - u), atol=1e-4)
+    exits_with(lambda: M.sampling_plan(6, 32, 'cosine'), "'cosine'", 'maskgit or maskbit')
+
+def test_one_hot_is_bitwise_the_hard_path_in_both_published_layouts():
+    for kind in ('maskgit', 'maskbit'):
+        model, tokenizer = mini(kind), mini_tokenizer(kind)
+        ids, mask = torch.randint(model.V, (3, model.N)), torch.rand(3, model.N) < 0.5
+        one_hot, cond = F.one_hot(ids, model.V).float(), torch.randint(10, (3, 1))
+        for m in (None, mask):
+            assert torch.equal(model.embed(ids, m), model.embed(one_hot, m))
+        assert torch.equal(model.embed(ids, mask), model.embed(ids.masked_fill(mask, model.mask_id)))
+        assert torch.equal(model(ids, cond), model(one_hot, cond)) and model.embed(ids).shape == (3, 16, 32)
+        assert torch.equal(model(ids, cond), model(model.embed(ids), cond))
+        assert torch.equal(tokenizer.decode(ids), tokenizer.decode(one_hot))
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(model.embed(ids, mask), model.embed(one_hot, mask))
+        if kind == 'maskbit':                                                   # the soft input is the expected bits
+            probs = torch.randn(3, 32, 8).softmax(-1)
+            assert torch.allclose(model.embed(probs), model.input_proj((probs @ model.codes[:8]).view(3, 16, 6)))
+            assert (model.codes[8] == 0).all() and model.codes[3].tolist() == [1, 1, -1]
+
+def test_embeddings_are_told_from_probabilities_where_the_shapes_agree():
+    for kind, sizes in (('maskgit', dict(V=32, D=32)), ('maskbit', dict(D=16, V=16, bits=4, n_head=4))):
+        model = mini(kind, **sizes)
+        ids, cond = torch.randint(model.V, (2, model.N)), torch.randint(10, (2, 1))
+        logits = model(ids, cond)
+        assert torch.equal(logits, model(model.embed(ids), cond))
+        assert torch.equal(logits, model(F.one_hot(ids, model.V).float(), cond))
+
+def test_gradients_of_probabilities_match_finite_differences_in_both_published_layouts():
+    for kind in ('maskgit', 'maskbit'):
+        model, tokenizer = mini(kind).double(), mini_tokenizer(kind, ch_mult='1,2', image_size=8).double()
+        probs = torch.randn(1, model.N, model.V, dtype=torch.float64).softmax(-1).requires_grad_()
+        for output in (tokenizer.decode, lambda p: model(p, torch.zeros(1, 1).long())):
+            assert torch.autograd.gradcheck(output, probs, fast_mode=True)
+
+def test_published_sizes_have_the_published_parameter_counts():
+    with torch.device('meta'):
+        count = lambda network: sum(p.numel() for p in network.parameters())
+        for (kind, V), total in {('maskgit', 1024): 174_160_874 - 257 * 2026 + 256 * 1024,  # unused biases dropped
+                                 ('maskbit', 32): 304_728_128, ('maskbit', 128): 304_929_024,
+                                 ('maskbit', 512): 305_720_320}.items():
+            bits = dict(bits=V.bit_length() - 1) if kind == 'maskbit' else {}
+            assert count(M.MDM(**{**M.PUBLISHED[kind], 'V': V, **bits})) == total
+        assert count(T.Tokenizer(**T.PUBLISHED['maskgit'])) == 72_141_699
+        tokenizer = T.Tokenizer(**T.PUBLISHED['maskbit'])
+        assert count(tokenizer) == 54_489_489 and (tokenizer.N, tokenizer.V) == (512, 128)
+
+def test_other_sizes_are_read_off_the_shapes():
+    models = [('maskgit', dict(N=9, V=64, D=48, depth=1, mlp=100, n_words=7, n_head=3)),
+              ('maskgit', dict(N=4, V=512, n_words=1000, D=16, n_head=2)), ('maskgit', dict(V=1024, n_words=300)),
+              ('maskbit', dict(N=50, V=32, bits=5, D=24, depth=3, n_head=3, mlp=17)),
+              ('maskbit', dict(N=9, V=16, bits=4, S=1)), ('maskbit', dict(N=27, V=8, bits=3, S=3)),
+              ('maskbit', dict(N=18, V=512, bits=9, n_words=1000))]
+    for kind, sizes in models:
+        model = mini(kind, **sizes)
+        again = M.MDM.from_pretrained(kind, published(model, kind), n_head=sizes.get('n_head'))
+        assert again.config == model.config
+        ids, cond = torch.randint(model.V + 1, (2, model.N)), torch.randint(7, (2, 1))
+        assert torch.equal(model(ids, cond), again(ids, cond))
+    odd = mini('maskgit', V=24, n_words=5)
+    assert M.MDM.from_pretrained('maskgit', published(odd, 'maskgit'), V=24).config == odd.config
+    for kind, sizes in (('maskgit', dict(ch_mult='2,1', attention='0,1,mid', n_res=2, up=3, z=4, n_codes=10)),
+                        ('maskgit', dict(ch_mult='1,3,2,2', attention='mid')),
+                        ('maskbit', dict(ch_mult='3,1,2', n_res=2, up=2, mid=3)),
+                        ('maskbit', dict(code_dim=9, n_codes=512)), ('maskbit', dict(code_dim=5, S=1, n_codes=32))):
+        tokenizer = mini_tokenizer(kind, **sizes)
+        again = T.Tokenizer.from_pretrained(kind, published(tokenizer, kind), tokenizer.grid)
+        assert again.config == tokenizer.config
+        ids = torch.randint(tokenizer.V, (2, tokenizer.N))
+        assert torch.equal(tokenizer.decode(ids), again.decode(ids))
+        images = torch.rand(2, 3, 16, 16) * 2 - 1
+        assert torch.equal(tokenizer.encode(images), again.encode(images))
+
+def test_loading_copies_the_weights_and_reads_files_folders_and_dicts_alike():
+    with tempfile.TemporaryDirectory() as root:
+        weights = published(mini('maskbit'), 'maskbit')
+        torch.save(weights, f'{root}/generator.bin')
+        torch.save(weights, f'{root}/old.bin', _use_new_zipfile_serialization=False)
+        paths = (f'{root}/generator.bin', f'{root}/old.bin', weights)
+        networks = [M.MDM.from_pretrained('maskbit', path) for path in paths]
+        os.remove(f'{root}/old.bin')
+        networks.append(M.MDM.from_pretrained('maskbit', root))
+        for network in networks[1:]:
+            same(network.state_dict(), networks[0].state_dict())
+        kept = weights['pos_emb'].clone()
+        for network in networks:
+            network.pos_emb.data += 1                                           # training touches neither dict nor file
+        assert torch.equal(weights['pos_emb'], kept)
+        assert torch.equal(M.MDM.from_pretrained('maskbit', root).pos_emb, kept)
+
+def test_wrong_swapped_and_truncated_files_are_explained():
+    transformer, tokenizer = M.MDM.from_pretrained, T.Tokenizer.from_pretrained
+    with tempfile.TemporaryDirectory() as root:
+        files = {f'{kind}_{what}': published(make(kind), kind) for kind in ('maskgit', 'maskbit')
+                 for what, make in (('net', mini), ('tokenizer', mini_tokenizer))}
+        for name, state in files.items():
+            torch.save(state, f'{root}/{name}.pt')
+        path = lambda name: f'{root}/{name}.pt'
+        for load, kind, what in ((transformer, 'maskgit', 'net'), (transformer, 'maskbit', 'net'),
+                                 (tokenizer, 'maskgit', 'tokenizer'), (tokenizer, 'maskbit', 'tokenizer')):
+            for name in files:
+                if name != f'{kind}_{what}':
+                    exits_with(lambda: load(kind, path(name)), path(name), 'expected', kind, 'right file')
+            flat = files[f'{kind}_{what}']
+            flat = flat.get('model_state_dict', flat)
+            for key in list(flat)[::7]:                                         # a key lost, a shape changed
+                for broken in ({k: v for k, v in flat.items() if k != key}, {**flat, key: flat[key][..., None]}):
+                    exits_with(lambda: load(kind, broken), 'the given dict', 'expected')
+            exits_with(lambda: load(kind, {**flat, 'foreign.weight': torch.ones(1)}), 'no place', 'foreign.weight')
+            exits_with(lambda: load('magic', path('maskgit_net')), "'magic'", 'maskgit, maskbit')
+            whole = open(path(f'{kind}_{what}'), 'rb').read()
+            open(path('half'), 'wb').write(whole[:len(whole) // 2])
+            exits_with(lambda: load(kind, path('half')), path('half'), 'truncated')
+            open(path('half'), 'w').write('<html>')
+            exits_with(lambda: load(kind, path('half')), path('half'), 'not a weight file')
+            exits_with(lambda: load(kind, {}), 'no tensors')
+            exits_with(lambda: load(kind, root), root, 'weight files', 'name the file')
+            try:
+                load(kind, f'{root}/nowhere.pt')
+                raise AssertionError('no error')
+            except FileNotFoundError as error:
+                assert f'{root}/nowhere.pt: no such file' in str(error)
+        narrow = published(mini('maskgit', D=24, n_head=3), 'maskgit')
+        exits_with(lambda: transformer('maskgit', narrow), '16 heads', 'n_head')
+
+class Callback:
+    """A foreign class, as a Lightning checkpoint carries one."""
+    def __init__(self, path):
+        self.path, self.best = path, torch.ones(2)
+
+class Settings(dict):
+    """Another, which a file fills item by item."""
+
+def test_foreign_classes_become_inert_and_code_is_never_executed():
+    with tempfile.TemporaryDirectory() as root:
+        class Bomb:
+            def __init__(self, function, argument):
+                self.call = function, (argument,)
+            def __reduce__(self):
+                return self.call
+        weights = published(mini_tokenizer('maskgit'), 'maskgit')
+        extra = {'loss.perceptual.weight': torch.ones(3)}
+        lightning = dict(epoch=1, callbacks={Callback: Callback(root), 'score': np.float64(0.5)}, hyper=Settings(lr=1),
+                         state_dict={**weights, **extra})
+        torch.save(lightning, f'{root}/last.ckpt')
+        with mock.patch.object(Callback, '__new__', side_effect=AssertionError('a foreign class was built')):
+            tokenizer = T.Tokenizer.from_pretrained('maskgit', f'{root}/last.ckpt')
+        ids = torch.randint(32, (1, 16))
+        assert torch.equal(tokenizer.decode(ids), mini_tokenizer('maskgit').decode(ids))
+        touch = f'touch {root}/executed'
+        for function, argument in ((os.system, touch), (os.mkdir, f'{root}/executed'), (subprocess.getoutput, touch),
+                                   (eval, f'os.mkdir("{root}/executed")')):
+            torch.save({**lightning, 'bomb': Bomb(function, argument)}, f'{root}/bomb.ckpt')
+            with contextlib.suppress(ValueError):                               # refused, or read as an empty dict
+                T.Tokenizer.from_pretrained('maskgit', f'{root}/bomb.ckpt')
+            assert not os.path.exists(f'{root}/executed')
+
+def test_recomputing_blocks_gives_the_same_gradients():
+    for kind in ('maskgit', 'maskbit'):
+        model, ids, gradients = mini(kind), torch.randint(8, (2, mini(kind).N)), []
+        for model.checkpointing in (False, True):
+            model.zero_grad()
+            model(ids, torch.zeros(2, 1).long()).square().mean().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+
+def test_distillation_freezes_the_embedding_tables_of_both_layouts():
+    for kind, names in (('maskgit', {'tok_emb.weight', 'cond_emb.weight'}),
+                        ('maskbit', {'input_proj.weight', 'input_proj.bias', 'cond_emb.weight'})):
+        model = mini(kind)
+        frozen = {id(p) for p in model.embedding_parameters()}
+        assert {name for name, p in model.named_parameters() if id(p) in frozen} == names
+
+def test_encoding_resumes_mirrors_and_uses_small_integers():
+    with tempfile.TemporaryDirectory() as root:
+        picture_folder(f'{root}/data')
+        tokenizer, cpu = mini_tokenizer('maskbit'), torch.device('cpu')
+        def encode(folder, **options):
+            images = T.Images(f'{root}/data', 16)
+            rows = printed(lambda: encode.__setattr__('rows', T.token_data(images, tokenizer, folder, cpu, **options)))
+            return encode.rows, rows
+        whole, _ = encode(f'{root}/a', batch=5, flips=True)
+        assert whole.shape == (24, 33) and whole.dtype == np.int8 and isinstance(whole, np.memmap)
+        images = T.Images(f'{root}/data', 16).batch(range(14), substitute=False)[0]
+        assert np.array_equal(whole[::2, :32], tokenizer.encode(images).numpy())
+        assert np.array_equal(whole[1::2, :32], tokenizer.encode(images.flip(-1)).numpy())
+        calls = []
+        def dies(x, real=tokenizer.encode):
+            calls.append(len(x))
+            if len(calls) > 3:
+                raise KeyboardInterrupt
+            return real(x)
+        with mock.patch.object(tokenizer, 'encode', dies), contextlib.suppress(KeyboardInterrupt):
+            encode(f'{root}/b', batch=5, flips=True)
+        assert len(calls) == 4 and not glob.glob(f'{root}/b/*.npy')
+        with mock.patch.object(tokenizer, 'encode', side_effect=tokenizer.encode) as spy:
+            again, text = encode(f'{root}/b', batch=5, flips=True)
+        assert spy.call_count == 4 and np.array_equal(again, whole) and '2 of 14 files were skipped' in text
+        assert len(os.listdir(f'{root}/b')) == 1                                # no leftovers
+
+def test_partial_sums_of_features_merge_to_one_pass():
+    x = torch.randn(700, 12, dtype=torch.float64) * 3 + 5
+    moments = sample.Moments(12)
+    for part in x.split(90):
+        moments.add(part)
+    mean, covariance = moments.result()
+    assert torch.allclose(mean, x.mean(0)) and torch.allclose(covariance, torch.cov(x.T))
+    y = torch.randn(500, 12, dtype=torch.float64)
+    assert abs(M.frechet_distance((mean, covariance), y) - M.frechet_distance(x, y)) < 1e-6
+
+def test_inception_score_of_uniform_is_1_and_of_balanced_one_hots_is_the_number_of_classes():
+    assert abs(sample.inception_score(torch.full((100, 8), 1 / 8)) - 1) < 1e-9
+    labels = sample.balanced_labels(8000, 8, 0)
+    assert abs(sample.inception_score(F.one_hot(labels, 8).float(), 4000) - 8) < 1e-6
+    assert sample.inception_score(F.one_hot(labels.sort().values, 8).float(), 1000) < 1.01   # why the order is random
+    assert torch.bincount(labels).eq(1000).all() and not torch.equal(labels[:8], torch.arange(8))
+
+class Inception(torch.nn.Module):
+    """A stand-in with the signature of the published TorchScript network."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('w', torch.randn(12, 6, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        assert x.dtype == torch.uint8
+        h = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 64
+        return h if return_features else (h @ self.w).softmax(1)
+
+def test_published_teachers_go_through_distillation_sampling_and_metrics():
+    with tempfile.TemporaryDirectory() as root:
+        torch.jit.script(Inception()).save(f'{root}/inception.pt')
+        real = np.random.RandomState(0).randint(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+        rows = Inception()(torch.from_numpy(real).permute(0, 3, 1, 2), return_features=True).double().numpy()
+        np.savez(f'{root}/ref.npz', mu=rows.mean(0), sigma=np.cov(rows.T), arr_0=real)
+        np.savez(f'{root}/bare.npz', mu=rows.mean(0), sigma=np.cov(rows.T))
+        ask = ['--metrics', '--n_metrics=30', f'--inception={root}/inception.pt']
+        digest = hashlib.sha256(open(f'{root}/inception.pt', 'rb').read()).hexdigest()
+        for kind in ('maskgit', 'maskbit'):
+            folder = f'{root}/{kind}'
+            os.makedirs(folder)
+            torch.save(published(mini(kind), kind), f'{folder}/net.pth')
+            torch.save(published(mini_tokenizer(kind), kind), f'{folder}/tokenizer.ckpt')
+            files = [f'--teacher={kind}', f'--teacher_path={folder}/net.pth']
+            files.append(f'--tokenizer_path={folder}/tokenizer.ckpt')
+            text = must_run('distill.py', *files, f'--out_dir={folder}', '--steps=4', '--cfg_scale=2', '--aux_muon=0')
+            assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
+            student = torch.load(f'{folder}/distill.pt', weights_only=True)
+            assert set(student['tokenizer']) == {'kind', 'path', 'grid'}        # not its weights
+            text = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/ref.npz', '--batch=7')
+            assert 'FID@30 ' in text and 'FID ' not in text and digest in text and 'precision' in text
+            again = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/bare.npz',
+                             processes=1 + (kind == 'maskbit'))
+            assert 'no precision and recall' in again
+            value = lambda text: float(re.search(r'FID@30 ([\d.]+)', text)[1])
+            assert abs(value(text) - value(again)) < 1e-3 * value(text)         # neither batch nor processes matter
+            drawing = ['sample.py', *files, '--label=3', '--n=2', f'--grid={root}/x.png']
+            if kind == 'maskgit':
+                assert '1 network pass' in must_run(*drawing, '--student')
+            else:
+                assert '8 network pass' in must_run(*drawing, '--steps=4')
+        assert os.path.exists(f'{root}/x.png')
+        os.rename(f'{folder}/tokenizer.ckpt', f'{root}/moved.ckpt')
+        exits_with(lambda: T.Tokenizer.from_checkpoint(student['tokenizer']), 'tokenizer.ckpt', '--tokenizer_path')
+        T.Tokenizer.from_checkpoint(student['tokenizer'], f'{root}/moved.ckpt')
+
+def test_a_published_teacher_is_asked_for_politely():
+    with tempfile.TemporaryDirectory() as root, mock.patch.object(os, 'getcwd', return_value=root):
+        exits_with(lambda: M.load_teacher('maskgit', ''), '--teacher_path=FILE', '--tokenizer_path=FILE')
+        for kind in ('maskgit', 'maskbit'):
+            torch.save(published(mini(kind), kind), f'{root}/{kind}.pth')
+            torch.save(published(mini_tokenizer(kind), kind), f'{root}/{kind}.ckpt')
+        load = lambda kind, net, tok, data='': lambda: M.load_teacher(kind, f'{root}/{net}', f'{root}/{tok}', data)
+        exits_with(load('maskgit', 'maskbit.pth', 'maskgit.ckpt'), 'maskbit.pth')
+        exits_with(load('maskgit', 'maskgit.pth', 'none.ckpt'), 'none.ckpt: no such file')
+        torch.save(published(mini_tokenizer('maskgit', n_codes=16), 'maskgit'), f'{root}/other.ckpt')
+        exits_with(load('maskgit', 'maskgit.pth', 'other.ckpt'), '16 tokens of 32 codes', 'not of one release')
+        picture_folder(f'{root}/data')
+        exits_with(load('maskgit', 'maskgit.pth', 'maskgit.ckpt', f'{root}/data'), '2 class folders', '10 classes')
+        exits_with(lambda: sample.load_inception(f'{root}/maskgit.pth', 'cpu'), 'maskgit.pth', 'TorchScript')
+
+
+# -----------------------------------------------------------------------------
 # Files and errors
 
 def test_truncated_checkpoint_is_reported_and_the_previous_one_used():

@@ -1,10 +1,10 @@
 """
-Images <-> tokens: the shapes world, image folders, and the VQ tokenizer with soft decoding.
+Images <-> tokens: the shapes world, image folders, and the VQ and bit tokenizers with soft decoding.
 
 Everything that touches pixels lives here, so that the rest of the code only sees ids (B, N) and logits (B, N, V).
 The helpers every script needs (overrides, distributed runs, files) stand at the end: this file is the bottom of the
-import graph. Compared with the published VQGAN trainers this one leaves out LPIPS, the discriminator and attention;
-at 32x32 an L1 + L2 loss is enough.
+import graph. Published tokenizers (MaskGIT's VQGAN, MaskBit's) are settings of the same autoencoder. Compared with
+their trainers this one leaves out LPIPS and the discriminator; at 32x32 an L1 + L2 loss is enough.
 
 $ python tokenizer.py                          # shapes world, about 2 minutes on 2 CPU cores -> out/tokenizer.pt
 $ python tokenizer.py --data=my_images         # your folder: sub-folders are classes
@@ -22,6 +22,9 @@ import signal
 import sys
 import textwrap
 import time
+import zipfile
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -301,27 +304,32 @@ class Images:
             print(f'note: {data} has a single class, {self.words[0]!r}: captions carry no information, so guidance has '
                   'nothing to steer. Use one sub-folder per class if there are classes.')
 
-    def read(self, i):
-        """Image i of the folder as uint8 (size, size, 3), or None; a file that cannot be read is named once."""
-        path = self.files[i][0]
-        pixels = read_image(path, self.size) if path not in self.bad else None
-        if isinstance(pixels, str):
-            self.bad[path], pixels = pixels, None
-            tqdm.write(f'skipped {path}: {self.bad[path]}')
-        return pixels
+    def read(self, index):
+        """Images of the folder as a list of uint8 (size, size, 3), None where a file cannot be read; such a file is
+        named once. Threads decode: PIL lets them run in parallel."""
+        paths = [self.files[i][0] for i in index]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda path: self.bad.get(path) or read_image(path, self.size), paths))
+        for path, pixels in zip(paths, found):
+            if isinstance(pixels, str) and path not in self.bad:
+                self.bad[path] = pixels
+                tqdm.write(f'skipped {path}: {pixels}')
+        return [None if isinstance(pixels, str) else pixels for pixels in found]
 
     def batch(self, index, substitute=True):
         """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file is replaced by the next
         readable one, or left out if `substitute` is False."""
         if self.is_world:
             return draw(index, open_background=self.data == 'shapes-open')
-        pixels, captions = [], []
-        for i in index:
-            tries = [int(i + k) % self.length for k in range(self.length if substitute else 1)]
-            good = next(((p, j) for j in tries if (p := self.read(j)) is not None), None)
-            if good:
-                pixels.append(good[0])
-                captions.append(self.words[self.files[good[1]][1]])
+        index, pixels, captions = [int(i) for i in index], [], []
+        for i, image in zip(index, self.read(index)):
+            tries = range(i + 1, i + self.length) if substitute else ()
+            while image is None and tries:
+                i, tries = tries[0] % self.length, tries[1:]
+                image = self.read([i])[0]
+            if image is not None:
+                pixels.append(image)
+                captions.append(self.words[self.files[i][1]])
             elif substitute:
                 raise SystemExit(f'--data={self.data}: not one of its {self.length} files is a readable image')
         images = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
@@ -353,130 +361,229 @@ def word_ids(captions, words, length):
 
 
 @torch.no_grad()
-def token_data(images, tokenizer, folder, device, batch=256):
-    """The whole data set as one memory-mapped array (M, N + T): tokens, then condition ids; encoded once. The file
-    name carries a hash of the images and of the tokenizer's weights, so a stale cache is never used."""
-    digest = hashlib.sha256(json.dumps(images.key()).encode())
+def token_data(images, tokenizer, folder, device, batch=256, flips=False):
+    """The whole data set as one memory-mapped array (M, N + T) of the smallest sufficient integers: tokens, then
+    condition ids; with `flips` each image is followed by its mirror image. Encoded once: processes share the work (all
+    must call this), and an interrupted run continues. The file name carries a hash of the images and of the
+    tokenizer's weights, so a stale cache is never used."""
+    digest = hashlib.sha256(json.dumps(images.key() + ['flips'] * flips).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     path = os.path.join(folder, f'tokens-{digest.hexdigest()[:16]}.npy')
-    if not os.path.exists(path):
-        rows = []
+    missing, rank, world = not os.path.exists(path), 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+        dist.barrier()
+    if missing:
+        part, done = path + '.part', path + '.done'              # rows; a byte per image: 0 to do, 1 good, 2 bad
+        copies, width = 1 + flips, tokenizer.N + images.caption_length
+        largest = max(tokenizer.V - 1, len(images.words))
+        kind = next(t for t in (np.int8, np.int16, np.int32) if np.iinfo(t).max >= largest)
+        if rank == 0 and not (os.path.exists(part) and os.path.exists(done)):
+            with writing(path):
+                np.lib.format.open_memmap(part, 'w+', kind, (images.length * copies, width)).flush()
+                np.zeros(images.length, np.uint8).tofile(done)
+        if world > 1:
+            dist.barrier()
+        state, offset = np.fromfile(done, np.uint8), np.load(part, mmap_mode='r').offset
         bar = progress(images.length, 'encoding images')
-        for i in range(0, images.length, batch):
-            pixels, captions = images.batch(range(i, min(i + batch, images.length)), substitute=False)
+        for start in range(rank * batch, images.length, world * batch):
+            index = np.arange(start, min(start + batch, images.length))
+            bar.update(min(world * batch, images.length - start))
+            if state[index].all():
+                continue
+            pixels, captions = images.batch(index, substitute=False)
+            good = np.array([images.is_world or images.files[i][0] not in images.bad for i in index])
+            rows = np.zeros((len(index), copies, width), kind)
             if captions:
-                ids = tokenizer.encode(pixels.to(device)).cpu()
-                rows.append(torch.cat([ids, word_ids(captions, images.words, images.caption_length)], 1).int().numpy())
-            bar.update(min(batch, images.length - i))
+                views = (pixels, pixels.flip(-1))[:copies]
+                ids = torch.stack([torch.cat([tokenizer.encode(x.to(device)) for x in v.split(tokenizer.batch)])
+                                   for v in views], 1).cpu()                             # (B, copies, N)
+                cond = word_ids(captions, images.words, images.caption_length)
+                rows[good] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).numpy()
+            for name, at, values in ((part, offset + start * rows[0].nbytes, rows),
+                                     (done, start, np.where(good, 1, 2).astype(np.uint8))):
+                with writing(name), open(name, 'r+b') as file:
+                    file.seek(at)
+                    file.write(values.tobytes())
         bar.close()
-        if images.bad:
-            print(f'{len(images.bad)} of {images.length} files were skipped')
-        if not rows:
-            raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
-        with writing(path):
-            with open(path + f'.{os.getpid()}.tmp', 'wb') as file:
-                np.save(file, np.concatenate(rows))
-            os.replace(file.name, path)
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            state = np.fromfile(done, np.uint8)
+            if (state == 2).any():
+                print(f'{(state == 2).sum()} of {images.length} files were skipped')
+            if not (state == 1).any():
+                raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
+            with writing(path):
+                if (state == 2).any():                           # close the gaps, in a new file
+                    full, keep = np.load(part, mmap_mode='r'), np.flatnonzero(np.repeat(state == 1, copies))
+                    tight = np.lib.format.open_memmap(path + '.tmp', 'w+', kind, (len(keep), width))
+                    for k in range(0, len(keep), 65536):
+                        tight[k:k + 65536] = full[keep[k:k + 65536]]
+                    tight.flush()
+                    os.replace(path + '.tmp', path)
+                    os.remove(part)
+                else:
+                    os.replace(part, path)
+                os.remove(done)
+        if world > 1:
+            dist.barrier()
     return np.load(path, mmap_mode='r')
 
 
 # -----------------------------------------------------------------------------
-# The VQ autoencoder, in the shape (and with the layer names) of the taming VQGAN
+# The autoencoder: our small one, the taming VQGAN of MaskGIT and MaskBit's bit tokenizer are settings of it
+
+def bit_rows(k):
+    """The 2^k codes of k bits as rows of -1/+1 (2^k, k), least significant bit first."""
+    return (torch.arange(2 ** k, device='cpu')[:, None] >> torch.arange(k, device='cpu') & 1) * 2.0 - 1
+
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out, groups):
+    """Two convolutions with a residual; `plain` (MaskBit): they have no bias, and where channels change the shortcut
+    acts on the *output* of the second, so that the input does not reach the sum."""
+
+    def __init__(self, c_in, c_out, groups, plain=False):
         super().__init__()
+        self.late = plain and c_in != c_out
         self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps=1e-6) for c in (c_in, c_out))
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=not plain)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=not plain)
+        self.nin_shortcut = (nn.Conv2d(c_out if plain else c_in, c_out, 1, bias=not plain) if c_in != c_out
+                             else nn.Identity())
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return self.nin_shortcut(h if self.late else x) + h
 
 
-def levels(widths, c, n_res, groups, names):
-    """Residual levels: n_res blocks bring width c to each entry of `widths`; names[i], if not empty, is a resampling
-    convolution at the end of the level."""
-    stack = nn.ModuleList()
-    for width, name in zip(widths, names):
-        level = nn.Module()
-        level.block = nn.ModuleList([ResBlock(c if k == 0 else width, width, groups) for k in range(n_res)])
-        if name:
-            level.add_module(name, nn.Conv2d(width, width, 3, stride=2 if name == 'downsample' else 1,
-                                             padding=0 if name == 'downsample' else 1))
-        stack.append(level)
-        c = width
-    return stack
+class Attention(nn.Module):
+    """One head over the positions of a feature map (B, C, H, W), with a residual."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))    # (B, H W, C)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Level(nn.Module):
+    """n residual blocks from c_in to c channels, those numbered in `attend` followed by attention, then perhaps a
+    convolution that changes the resolution."""
+
+    def __init__(self, c_in, c, n, groups, plain=False, attend=(), resample=''):
+        super().__init__()
+        self.block = nn.ModuleList([ResBlock(c if k else c_in, c, groups, plain) for k in range(n)])
+        self.attn = nn.ModuleList([Attention(c, groups) if k in attend else nn.Identity() for k in range(n)])
+        if resample == 'down':
+            self.downsample = nn.Conv2d(c, c, 3, stride=2)
+        if resample == 'up':
+            self.upsample = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, h):
+        for block, attn in zip(self.block, self.attn):
+            h = attn(block(h))
+        if hasattr(self, 'downsample'):
+            h = self.downsample(F.pad(h, (0, 1, 0, 1)))          # one column right, one row below
+        if hasattr(self, 'upsample'):
+            h = self.upsample(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+        return h
 
 
 class Encoder(nn.Module):
-    def __init__(self, widths, n_res, z, groups):
+    def __init__(self, ch, widths, n_res, z, groups, plain, attend, mid):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = levels(widths, widths[0], n_res, groups, ['downsample'] * (len(widths) - 1) + [''])
+        last, blocks = len(widths) - 1, range(n_res)
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=not plain)
+        self.down = nn.ModuleList([Level(c_in, c, n_res, groups, plain, blocks if str(i) in attend else (),
+                                         'down' if i < last else '')
+                                   for i, (c_in, c) in enumerate(zip([ch, *widths], widths))])
+        self.mid = Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ())
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], z, 1 if plain else 3, padding=0 if plain else 1)
 
     def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, 'downsample'):
-                h = level.downsample(F.pad(h, (0, 1, 0, 1)))  # one column right, one row below
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
-    def __init__(self, widths, n_res, z, groups):
+    """Levels are kept in running order, the deepest first."""
+
+    def __init__(self, widths, n_res, z, groups, plain, attend, mid):
         super().__init__()
+        last, blocks = len(widths) - 1, range(n_res)
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
-        self.up = levels(widths[::-1], widths[-1], n_res, groups, ['upsample'] * (len(widths) - 1) + [''])
+        self.mid = Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ())
+        self.up = nn.ModuleList([Level(widths[min(i + 1, last)], widths[i], n_res, groups, plain,
+                                       blocks if str(i) in attend else (), 'up' if i else '')
+                                 for i in range(last, -1, -1)])
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)
+        h = self.mid(self.conv_in(z))
         for level in self.up:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, 'upsample'):
-                h = level.upsample(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Tokenizer(nn.Module):
-    """VQ autoencoder: images (B, 3, H, W) in [-1, 1] <-> ids (B, N), N = grid * grid, row by row."""
+    """Autoencoder: images (B, 3, H, W) in [-1, 1] <-> ids (B, N), N = S * grid * grid, row by row.
 
-    def __init__(self, image_size, ch, ch_mult, n_res, n_codes, code_dim):
+    A code is a learnt row of `code_dim` numbers. With S > 0 it is MaskBit's: `code_dim` bits -1/+1, and S codes
+    stand side by side at each place of the grid (the first holds the low bits). `mid` residual blocks stand in the
+    middle, `up` in each level of the decoder (0: n_res), z channels between encoder and codes (0: the width there);
+    `attention` names the levels that have it, as in '4,mid'.
+    """
+
+    def __init__(self, image_size, ch, ch_mult, n_res, n_codes, code_dim, S=0, mid=0, up=0, z=0, attention='',
+                 groups=0):
         super().__init__()
         self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
-                           code_dim=code_dim)
-        widths = [ch * int(m) for m in ch_mult.split(',')]
-        groups = min(32, ch // 2)
-        self.V, self.grid = n_codes, image_size // 2 ** (len(widths) - 1)
-        self.N = self.grid ** 2
-        self.encoder = Encoder(widths, n_res, widths[-1], groups)
-        self.quant_conv = nn.Conv2d(widths[-1], code_dim, 1)
-        self.codebook = nn.Embedding(n_codes, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, widths[-1], 1)
-        self.decoder = Decoder(widths, n_res, widths[-1], groups)
+                           code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
+        widths, attend = [ch * int(m) for m in ch_mult.split(',')], attention.split(',')
+        groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or widths[-1], S > 0
+        self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
+        self.N = self.S * self.grid ** 2
+        self.batch = max(1, min(250, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
+        self.encoder = Encoder(ch, widths, n_res, z, groups, plain, attend, mid)
+        if plain:
+            self.register_buffer('codes', bit_rows(code_dim))                            # (V, code_dim)
+            self.quant_conv = self.post_quant_conv = nn.Identity()
+        else:
+            self.quant_conv = nn.Conv2d(z, code_dim, 1)
+            self.codebook = nn.Embedding(n_codes, code_dim)
+            self.post_quant_conv = nn.Conv2d(code_dim, z, 1)
+        self.decoder = Decoder(widths, up or n_res, z, groups, plain, attend, mid)
 
     def latents(self, images):
         """Images (B, 3, H, W) -> encoder outputs before quantisation (B, N, code_dim)."""
-        return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
+        images = (images + 1) / 2 if self.config['S'] else images                        # MaskBit sees [0, 1]
+        z = self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)             # (B, grid^2, S code_dim)
+        return z.reshape(len(z), -1, self.config['code_dim'])
 
     def nearest(self, z):
-        """z (..., code_dim) -> id of the nearest codebook row (Euclidean), (...)."""
+        """z (..., code_dim) -> id of the nearest code (Euclidean), (...); for bits their signs, 0 counting as -1."""
+        if self.config['S']:
+            return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
         e = self.codebook.weight
         return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all rows
 
     def decode_latents(self, z):
         """(B, N, code_dim) -> images (B, 3, H, W), not clamped."""
-        z = z.transpose(1, 2).unflatten(2, (self.grid, self.grid))                       # (B, code_dim, grid, grid)
-        return self.decoder(self.post_quant_conv(z))
+        side = math.isqrt(z.shape[1] // self.S)
+        z = z.reshape(len(z), side, side, -1).permute(0, 3, 1, 2)                        # (B, S code_dim, grid, grid)
+        images = self.decoder(self.post_quant_conv(z))
+        return images * 2 - 1 if self.config['S'] else images
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> ids (B, N)."""
@@ -484,14 +591,14 @@ class Tokenizer(nn.Module):
 
     def decode(self, x, text=None):
         """Ids (B, N), or float probabilities (B, N, V), -> images (B, 3, H, W), nominally in [-1, 1], not clamped.
-        Probabilities decode to the image of the *expected* codebook row, E[e] = p @ codebook, and are differentiable
-        (Soft-Di[M]O, arXiv 2509.22925, Eq. 3 with the decoder's table); a one-hot gives exactly the hard image.
-        `text` is for text-guided decoders and unused here."""
-        soft = x.is_floating_point()
-        if x.shape[1] != self.N or (soft and x.shape[2] != self.V):
+        Probabilities decode to the image of the *expected* code, E[e] = p @ codes, and are differentiable
+        (Soft-Di[M]O, arXiv 2509.22925, Eq. 3 with the decoder's table); a one-hot gives exactly the hard image. N may
+        be that of any square image. `text` is for text-guided decoders and unused here."""
+        soft, table = x.is_floating_point(), self.codes if self.config['S'] else self.codebook.weight
+        if math.isqrt(x.shape[1] // self.S) ** 2 * self.S != x.shape[1] or soft and x.shape[2] != self.V:
             raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
                              f'got {tuple(x.shape)}')
-        return self.decode_latents(x @ self.codebook.weight if soft else self.codebook(x))
+        return self.decode_latents(x @ table.to(x.dtype) if soft else F.embedding(x, table))
 
     def forward(self, images, quantise=True):
         """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)], and the decoder
@@ -501,14 +608,78 @@ class Tokenizer(nn.Module):
         return self.decode_latents(z + (q - z).detach()), z, q
 
     @classmethod
-    def from_checkpoint(cls, saved):
-        """Rebuild from the dict {'args', 'net'} that `pack_tokenizer` puts into every checkpoint of ours."""
+    def from_checkpoint(cls, saved, path=''):
+        """Rebuild from what `pack` puts into every checkpoint of ours; `path` says where a published one is now."""
+        if 'kind' in saved:
+            try:
+                return cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'])
+            except (ValueError, FileNotFoundError) as error:
+                raise SystemExit(f'{error} (a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
+                                 ) from None
         tokenizer = cls(**saved['args'])
         tokenizer.load_state_dict(saved['net'])
         return tokenizer.eval().requires_grad_(False)
 
     def pack(self):
-        return {'args': self.config, 'net': self.state_dict()}
+        """What a checkpoint stores: a small tokenizer itself, of a published one where it is."""
+        return self.source or {'args': self.config, 'net': self.state_dict()}
+
+    @classmethod
+    def from_pretrained(cls, kind, path, grid=16):
+        """Published weights, kind maskgit (taming VQGAN) or maskbit, from their file, from its folder, or from the
+        dict that it holds; path 'random' is the published size with random weights. All sizes are read off the shapes
+        but the grid of an image, which the weights leave open. Errors: ValueError, FileNotFoundError, one line."""
+        if kind not in PUBLISHED:
+            raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
+        if isinstance(path, str) and path == 'random':
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                tokenizer = cls(**PUBLISHED[kind])
+        else:
+            w, name = read_published(path)
+            w = {k: v for k, v in w.items() if not k.startswith('loss.' if kind == 'maskgit' else 'quantize.')}
+            size = lambda key, *wanted: shape_of(w, name, f'a {kind} tokenizer', key, *wanted)
+            count = lambda pattern: len({m[1] for k in w if (m := re.match(pattern, k))})
+            block = 'block' if kind == 'maskgit' else 'res_blocks'
+            ch, depth = size('encoder.conv_in.weight', 0, 3, 3, 3)[0], count(r'encoder\.down\.(\d+)\.')
+            widths = [size(f'encoder.down.{i}.{block}.0.conv2.weight', 0, 0, 3, 3)[0] for i in range(max(1, depth))]
+            shape = dict(image_size=grid << len(widths) - 1, ch=ch, ch_mult=','.join(str(c // ch) for c in widths),
+                         n_res=count(rf'encoder\.down\.0\.{block}\.(\d+)\.'),
+                         up=count(rf'decoder\.up\.0\.{block}\.(\d+)\.'), groups=32)
+            if kind == 'maskgit':
+                n_codes, code_dim = size('quantize.embedding.weight', 0, 0)
+                attend = sorted({m[1] for k in w if (m := re.match(r'encoder\.down\.(\d+)\.attn\.', k))})
+                shape |= dict(n_codes=n_codes, code_dim=code_dim, mid=2, attention=','.join([*attend, 'mid']),
+                              z=size('encoder.conv_out.weight', 0, 0, 3, 3)[0])
+            else:
+                bits = size('encoder.conv_out.weight', 0, 0, 1, 1)[0]
+                S = 1 + (bits % 2 == 0)                                                  # released: 2 codes per place
+                shape |= dict(S=S, n_codes=2 ** (bits // S), code_dim=bits // S,
+                              mid=count(r'encoder\.mid\.res_blocks\.(\d+)\.'))
+                w['codes'] = bit_rows(bits // S)
+            with torch.device('meta'):
+                tokenizer = cls(**shape)
+            fill(tokenizer, w, lambda key: published_name(key, kind, len(widths)), name)
+        if isinstance(path, (str, os.PathLike)):
+            path = path if path == 'random' else os.path.abspath(path)
+            tokenizer.source = dict(kind=kind, path=path, grid=grid)
+        return tokenizer.eval().requires_grad_(False)
+
+
+PUBLISHED = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=2, n_codes=1024, code_dim=256, mid=2,
+                             up=3, z=256, attention='4,mid', groups=32),
+             'maskbit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res=2, n_codes=128, code_dim=7, S=2, mid=2,
+                             groups=32)}
+
+
+def published_name(key, kind, depth):
+    """Our parameter name -> the name in the published file."""
+    if kind == 'maskbit':
+        key = key.replace('.block.', '.res_blocks.').replace('downsample', 'down_conv')
+        return key.replace('upsample', 'upsample_conv')
+    key = re.sub(r'up\.(\d+)', lambda m: f'up.{depth - 1 - int(m[1])}', key)           # taming: full resolution first
+    key = re.sub(r'\.mid\.(block|attn)\.(\d)', lambda m: f'.mid.{m[1]}_{int(m[2]) + 1}', key)
+    return re.sub(r'sample\.', 'sample.conv.', key).replace('codebook', 'quantize.embedding')
 
 
 def spread_out(z, k, rng):
@@ -706,6 +877,78 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
         print(f'{problem}; using the previous one, {previous(path)}')
         return load_checkpoint(previous(path), stage, hint)
     raise SystemExit(f'{problem}. {hint}'.strip())
+
+
+class Inert:
+    """Stands for every class or function that a published file refers to: nothing is executed. Without arguments it is
+    a dict, which the file may fill (Lightning's settings), else an empty object."""
+
+    def __new__(cls, *arguments):
+        return object.__new__(cls) if arguments else OrderedDict()
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_published(source):
+    """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in errors). Nested
+    dicts (MaskGIT, Lightning) are opened. A file is mapped into memory, private to us, so that an optimizer's state is
+    never read; a dict's tensors are copied. Nothing is executed: foreign classes become `Inert`. Raises
+    FileNotFoundError, ValueError."""
+    given = isinstance(source, dict)
+    if given:
+        name, state = 'the given dict', source
+    else:
+        name = os.fspath(source)
+        if os.path.isdir(name):
+            files = sorted(f for f in os.listdir(name) if f.endswith(('.pth', '.pt', '.bin', '.ckpt')))
+            if len(files) != 1:
+                raise ValueError(f'{name}: holds {len(files)} weight files {files}, expected one; name the file')
+            name = os.path.join(name, files[0])
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f'{name}: no such file; expected published weights (see README.md)')
+        try:
+            packed = zipfile.is_zipfile(name)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(name) if packed else []
+            with torch.serialization.safe_globals([(Inert, f) for f in foreign]):
+                state = torch.load(name, map_location='cpu', weights_only=True, mmap=packed)
+        except Exception as error:  # torch raises many kinds here
+            reason = (str(error) or 'empty').splitlines()[0][:90]
+            raise ValueError(f'{name}: truncated, not a weight file, or refused as unsafe ({reason}); nothing in it '
+                             'was executed. Download it again') from None
+    for nest in ('model_state_dict', 'state_dict'):
+        state = state.get(nest, state) if isinstance(state, dict) else {}
+    tensors = {k: v.clone() if given else v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
+    return tensors, name
+
+
+def shape_of(weights, name, what, key, *wanted):
+    """The shape of a published tensor, where 0 in `wanted` is any size. Raises ValueError: which file, which key."""
+    found = tuple(weights[key].shape) if key in weights else None
+    if found is None or len(found) != len(wanted) or any(w and w != f for w, f in zip(wanted, found)):
+        form = '(' + ', '.join(str(w) if w else '*' for w in wanted) + ')'
+        has = f'has shape {found}' if found is not None else f'is missing; the file begins with {next(iter(weights))}'
+        raise ValueError(f'{name}: {key}, expected {form} in {what}, {has}. Is this the right file, and whole?')
+    return found
+
+
+def fill(network, weights, rename, name):
+    """Put published weights strictly into a network built on the meta device, whose keys `rename` translates.
+    Raises ValueError naming the first key that does not fit."""
+    wanted = {key: rename(key) for key in network.state_dict()}
+    for key, value in network.state_dict().items():
+        shape_of(weights, name, f'{type(network).__name__}', wanted[key], *value.shape)
+    extra = sorted(weights.keys() - wanted.values())
+    if extra:
+        raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
+                         'Is this the right file?')
+    network.load_state_dict({k: weights[w].float() for k, w in wanted.items()}, assign=True)
+    return network.eval()
 
 
 def restore(module, weights, path, name):
