@@ -55,7 +55,6 @@ cooldown = 0.4         # last share of the steps over which the rates fall to 5 
 clip = 1.0             # largest gradient norm, each network; paper 1
 r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
-shared_noise = False   # one noise vector per image, the same at every position; paper False
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
@@ -150,7 +149,7 @@ if __name__ == '__main__':
         """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
         cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()].to(device)
         with autocast:
-            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
 
     def update():
         """One Di[M]O step: generator and auxiliary update -> the numbers for the log."""
@@ -201,8 +200,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng,
-                                         shared_noise=shared_noise)[1]
+    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng[1]
     many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
     teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None

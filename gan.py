@@ -24,16 +24,20 @@ import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, both, configure,
                    dimo_grad, ema_update, final_table, frechet_distance, guided_logits, image_rngs, jeffreys,
-                   load_checkpoint, make_optimizers, one_step, progress, random_numbers, random_positions, relaxation_bias,
-                   relaxed, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher, save_checkpoint,
-                   save_grid, set_rate, split_batch, start_processes, surrogate, token_data, token_entropy,
-                   toy_features, word_ids)
+                   load_checkpoint, load_teacher, make_optimizers, one_step, progress, random_numbers,
+                   random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore, rng_for,
+                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
+                   surrogate, token_data, token_entropy, toy_features, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
 init = ''              # generator to start from, '' = out_dir/distill.pt; any distill.pt, gan.pt or reward.pt
+data = ''              # real images, '' = what the teacher was trained on, or a folder
 out_dir = 'out'        # model.pt is found here; gan.pt, log and pictures go here
-teacher_ckpt = ''      # another teacher than out_dir/model.pt
+teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
+teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
+tokenizer_path = ''    # file of its tokenizer
+teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
@@ -79,6 +83,7 @@ teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the three networks
+grad_checkpoint = False  # recompute the blocks in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 bias = False           # print the bias of the soft embedding beside its bound for teacher, init and gan.pt, and stop
 # -----------------------------------------------------------------------------
@@ -154,13 +159,16 @@ if __name__ == '__main__':
         raise SystemExit('gan.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
     out, init = os.path.join(out_dir, 'gan.pt'), init or os.path.join(out_dir, 'distill.pt')
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-    teacher_path = teacher_ckpt or os.path.join(out_dir, 'model.pt')
-    packed = load_checkpoint(teacher_path, 'model', 'It is the teacher of distill.py; see --teacher_ckpt.', fallback=True)
-    for key in ('r_init', 'sigma_init', 'shared_noise'):                      # what the generator was made for
+    ours, data = teacher == 'ours', data or start['data']
+    if not data:
+        raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER (sub-folders are classes)')
+    teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
+    packed = load_teacher(teacher, teacher_path, tokenizer_path, data)
+    for key in ('r_init', 'sigma_init'):                      # what the generator was made for
         config[key] = start['config'][key]
-    r_init, sigma_init, shared_noise = (config[key] for key in ('r_init', 'sigma_init', 'shared_noise'))
-    tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
-    source = Images(start['data'], tokenizer.config['image_size'], packed['config']['n_images'])
+    r_init, sigma_init = config['r_init'], config['sigma_init']
+    tokenizer = Tokenizer.from_checkpoint(start['tokenizer'], tokenizer_path).to(device)
+    source = Images(data, tokenizer.config['image_size'], packed['config'].get('n_images', 0))
     words, T = start['words'], start['args']['T']
 
     # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), discriminator
@@ -171,10 +179,12 @@ if __name__ == '__main__':
     teacher.eval().requires_grad_(False)
     generator_ema.eval().requires_grad_(False)
     for network in (generator, aux):
+        network.checkpointing = grad_checkpoint
         for table in network.embedding_parameters() if freeze_tables else []:
             table.requires_grad_(False)
     if bias:
         cond = start['prompts'][:32].long().to(device)
+        first_block = lambda e: teacher.features(teacher.input_proj(e.reshape(len(e), teacher.L, -1)), cond, [1])[0]
         made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
         if os.path.exists(out):
             made_by['gan.pt'] = load_checkpoint(out, 'gan')
@@ -183,12 +193,11 @@ if __name__ == '__main__':
         for name, state in made_by.items():
             network = MDM(**start['args']).to(device).eval().requires_grad_(False)
             restore(network, state['ema'], name, 'ema')
-            probs = one_step(network, cond, r_init, sigma_init, tau, image_rngs(seed, range(32)),
-                             shared_noise=shared_noise)[0].float().softmax(-1)
-            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.codebook.weight),
-                                   ('first block', lambda e: teacher.features(e, cond, [1])[0],
-                                    teacher.tok_emb.weight[:teacher.V])):
-                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', device)))
+            probs = one_step(network, cond, r_init, sigma_init, tau, image_rngs(seed, range(32)))[0].float().softmax(-1)
+            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.table),
+                                   ('first block', first_block, teacher.table[:teacher.V])):
+                rng = rng_for(seed, 0, 'bias', device)
+                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng))
                 size = f(probs @ table).flatten(1).norm(dim=1).mean()
                 print(f'{name:34s}{what:18s}{token_entropy(probs.log())[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
                       f'{gap / size:23.4f}')
@@ -215,7 +224,8 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    dataset = token_data(source, tokenizer, out_dir, device)                  # (M, N + T): real tokens, their captions
+    flips = not ours or packed['config']['flips']                             # as the teacher was trained
+    dataset = token_data(source, tokenizer, out_dir, device, flips=flips)     # (M, N + T): real tokens, captions
     reference = Reference(source)
     shown, _ = reference.prompts(32)
     if rank == 0:
@@ -237,7 +247,7 @@ if __name__ == '__main__':
         rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(device)
         real, cond = rows.split([generator.N, T], 1)
         with autocast:
-            return real, cond, *one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+            return real, cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
 
     def discriminate(real, cond, logits, rng):
         """Real hard and fake soft embeddings, masked alike, in one pass of the frozen teacher; the discriminator's
@@ -298,8 +308,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng,
-                                                          shared_noise=shared_noise)[1]
+    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng)[1]
     many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, T).to(device)
     gap_cond = start['prompts'][:250].long().to(device)
@@ -307,8 +316,7 @@ if __name__ == '__main__':
     @torch.no_grad()
     def relaxation_gap():
         """Toy FD between what the discriminator's side sees decoded, softmax(z), and hard samples of the same z."""
-        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, image_rngs(seed, range(250)),
-                                  shared_noise=shared_noise)
+        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, image_rngs(seed, range(250)))
         soft, hard = (toy_features(tokenizer.decode(x)) for x in (relaxed(logits, 'soft', tau_soft), tokens))
         return frechet_distance(soft, hard)
 
@@ -333,7 +341,7 @@ if __name__ == '__main__':
         if rank == 0 and (step % save_every == 0 or ending):
             if step:
                 save_checkpoint(out, dict(
-                    stage='gan', step=step, config=config, args=generator.config, words=words, data=start['data'],
+                    stage='gan', step=step, config=config, args=generator.config, words=words, data=data,
                     prompts=start['prompts'], tokenizer=tokenizer.pack(), net=generator.state_dict(),
                     ema=generator_ema.state_dict(), aux=aux.state_dict(), disc=disc.state_dict(), smooth=smooth,
                     optimizers=[o.state_dict() for o in sum(optimizers, [])]))
@@ -379,8 +387,8 @@ if __name__ == '__main__':
         before = MDM(**start['args']).to(device).eval()
         restore(before, start['ema'], init, 'ema')
         passes = 2 * teacher_steps if teacher_cfg != 1 and teacher_steps > 1 else teacher_steps
-        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps), f'{start["stage"]}, 1 step': (1, one_pass(before)),
-                    'gan, 1 step': (1, one_pass(generator_ema))}
+        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
+                    f'{start["stage"]}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
         final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
     if world > 1:
         dist.destroy_process_group()

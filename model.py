@@ -117,12 +117,17 @@ class MDM(nn.Module):
             if p.dim() > 1 and name != 'bias':
                 nn.init.trunc_normal_(p, std=0.02)
 
+    @property
+    def table(self):
+        """The codes as vectors, the mask last: (V + 1, D), or (V + 1, bits) before `input_proj`."""
+        return self.codes if self.config['bits'] else self.tok_emb.weight
+
     def embed(self, x, mask=None):
         """Ids (B, N), mask id allowed, or probabilities (B, N, V) -> token embeddings (B, L, D), before positions.
         Positions where mask (B, N) is True get the mask embedding. Probabilities give the soft embedding
         E[e] = sum_v p_v e_v (Soft-Di[M]O, arXiv 2509.22925, Eq. 3), for bits the projection of the expected bits; a
         one-hot gives exactly the hard one."""
-        table = self.codes if self.config['bits'] else self.tok_emb.weight   # (V + 1, bits or D), the mask last
+        table = self.table
         if x.is_floating_point():
             if x.shape[1:] != (self.N, self.V):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
@@ -147,11 +152,11 @@ class MDM(nn.Module):
                 states.append(h[:, :self.L])
         return states
 
-    def forward(self, x, cond, sigma=0.0, rng=None, shared_noise=False):
+    def forward(self, x, cond, sigma=0.0, rng=None):
         """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without a mask entry.
         `sigma` mixes noise into the token embeddings (`add_noise`), not into the condition."""
         emb = x if self.is_embedding(x) else self.embed(x)
-        emb = add_noise(emb, sigma, rng, shared_noise)
+        emb = add_noise(emb, sigma, rng)
         h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
         if self.config['bits']:
             return self.output(h).view(len(h), self.N, self.V)
@@ -309,12 +314,11 @@ def init_tokens(B, N, V, r_init, rng=None, device='cpu'):
     return codes.masked_fill(random_positions((B, N), round(r_init * N), rng, device), V)
 
 
-def add_noise(emb, sigma, rng=None, shared=False):
-    """sqrt(1 - sigma^2) e + sigma n for embeddings (B, L, D) (Di[M]O, arXiv 2503.15457, token initialisation).
-    `shared` (ours) draws one n per image, the same at every position: a latent that all tokens can agree on."""
+def add_noise(emb, sigma, rng=None):
+    """sqrt(1 - sigma^2) e + sigma n for embeddings (B, L, D) (Di[M]O, arXiv 2503.15457, token initialisation)."""
     if sigma == 0:
         return emb
-    n = random_numbers((len(emb), 1, emb.shape[2]) if shared else emb.shape, rng, emb.device, normal=True)
+    n = random_numbers(emb.shape, rng, emb.device, normal=True)
     return math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
 
 
@@ -407,13 +411,13 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
     return x
 
 
-def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0, shared_noise=False):
+def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
     """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
     Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step generator)."""
     B = len(cond[0] if isinstance(cond, tuple) else cond)
     device = next(generator.parameters()).device
     x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
-    logits = generator(x_init, cond, sigma, rng, shared_noise)
+    logits = generator(x_init, cond, sigma, rng)
     with torch.no_grad():
         tokens = categorical(filter_probs((logits.detach().float() / tau).softmax(-1), top_k, top_p), rng)
     return logits, tokens
@@ -496,8 +500,8 @@ def token_entropy(logits):
 
 
 def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
-    """Muon for the matrices of trunk or heads, AdamW for tables, biases and norms -> list of optimizers; muon_lr = 0 gives
-    everything to AdamW, as the papers do. Each keeps its peak rate in group['peak'] for `set_rate`."""
+    """Muon for the matrices of trunk or heads, AdamW for the rest -> list of optimizers; muon_lr = 0 gives everything
+    to AdamW, as the papers do. Each keeps its peak rate in group['peak'] for `set_rate`."""
     trunk = [p for name, p in network.named_parameters()
              if muon_lr and p.requires_grad and p.dim() == 2 and name.startswith(('blocks', 'first', 'last', 'heads'))]
     rest = [p for p in network.parameters() if p.requires_grad and all(p is not q for q in trunk)]

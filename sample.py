@@ -189,7 +189,7 @@ if __name__ == '__main__':
     restore(model, state[weights], ckpt, weights)
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
     words, length, is_teacher = state['words'], state['args']['T'], state['stage'] == 'model' and not student
-    made = {'r_init': 0.6, 'sigma_init': 0.1, 'shared_noise': False, **state['config']}    # the paper's, or the run's
+    made = {'r_init': 0.6, 'sigma_init': 0.1, **state['config']}    # the paper's, or the run's
     if not is_teacher and (steps > 1 or sweep):
         raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     steps = (steps or min(16, model.N)) if is_teacher else 1
@@ -203,8 +203,7 @@ if __name__ == '__main__':
             with autocast:
                 if is_teacher:
                     return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p, law, power)
-                return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p,
-                                made['shared_noise'])[1]
+                return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p)[1]
         return draw
 
     def conditions(captions):

@@ -565,6 +565,11 @@ class Tokenizer(nn.Module):
             self.post_quant_conv = nn.Conv2d(code_dim, z, 1)
         self.decoder = Decoder(widths, up or n_res, z, groups, plain, attend, mid)
 
+    @property
+    def table(self):
+        """The codes as the decoder sees them: (V, code_dim)."""
+        return self.codes if self.config['S'] else self.codebook.weight
+
     def latents(self, images):
         """Images (B, 3, H, W) -> encoder outputs before quantisation (B, N, code_dim)."""
         images = (images + 1) / 2 if self.config['S'] else images                        # MaskBit sees [0, 1]
@@ -594,7 +599,7 @@ class Tokenizer(nn.Module):
         Probabilities decode to the image of the *expected* code, E[e] = p @ codes, and are differentiable
         (Soft-Di[M]O, arXiv 2509.22925, Eq. 3 with the decoder's table); a one-hot gives exactly the hard image. N may
         be that of any square image. `text` is for text-guided decoders and unused here."""
-        soft, table = x.is_floating_point(), self.codes if self.config['S'] else self.codebook.weight
+        soft, table = x.is_floating_point(), self.table
         if math.isqrt(x.shape[1] // self.S) ** 2 * self.S != x.shape[1] or soft and x.shape[2] != self.V:
             raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
                              f'got {tuple(x.shape)}')
