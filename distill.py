@@ -200,7 +200,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng[1]
+    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng)[1]
     many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
     teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
