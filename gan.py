@@ -41,12 +41,12 @@ teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+save_every = 200       # steps between checkpoints, sample grids and toy FD of 1,000 images
 n_eval = 2000          # images behind each row of the final table
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
-w_gan = 50.0           # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
+w_gan = 5.0            # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
 w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
 r_max = 0.5            # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
 hinge = False          # hinge losses; False = non-saturating, as in the paper
@@ -224,7 +224,7 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    flips = not ours or packed['config']['flips']                             # as the teacher was trained
+    flips = packed['config'].get('flips', not ours)                           # as the teacher was trained
     dataset = token_data(source, tokenizer, out_dir, device, flips=flips)     # (M, N + T): real tokens, captions
     reference = Reference(source)
     shown, _ = reference.prompts(32)
@@ -347,7 +347,7 @@ if __name__ == '__main__':
                     optimizers=[o.state_dict() for o in sum(optimizers, [])]))
             grid, _ = render(one_pass(generator_ema), tokenizer, conditions(shown[:16]), seed)
             save_grid(f'{out_dir}/gan-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
-            captions, _ = reference.prompts(min(500, n_eval))
+            captions, _ = reference.prompts(min(1000, n_eval))
             row = reference.measure(render(one_pass(generator_ema), tokenizer, conditions(captions), seed)[0], captions)
             bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
                       f'({row["n"]} images), grid in {out_dir}/gan-{step:06d}.png')
