@@ -40,6 +40,7 @@ seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
 save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
 n_eval = 2000          # images behind each row of the final table
+n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # Di[M]O
 steps = 1600           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
@@ -139,7 +140,9 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    reference = Reference(Images(packed['data'], tokenizer.config['image_size'])) if packed['data'] else None
+    reference = None                                                          # published teachers may have no data
+    if packed['data']:
+        reference = Reference(Images(packed['data'], tokenizer.config['image_size']), n_reference)
     shown = reference.prompts(32)[0] if reference else [words[int(k)] for k in torch.linspace(0, len(words) - 1, 32)]
     if rank == 0:
         print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '

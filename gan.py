@@ -43,6 +43,7 @@ seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
 save_every = 200       # steps between checkpoints, sample grids and toy FD of 1,000 images
 n_eval = 2000          # images behind each row of the final table
+n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
@@ -226,7 +227,7 @@ if __name__ == '__main__':
     log = Log(out, step) if rank == 0 and not bench else None
     flips = packed['config'].get('flips', not ours)                           # as the teacher was trained
     dataset = token_data(source, tokenizer, out_dir, device, flips=flips)     # (M, N + T): real tokens, captions
-    reference = Reference(source)
+    reference = Reference(source, n_reference)
     shown, _ = reference.prompts(32)
     if rank == 0:
         print(f'generator {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '

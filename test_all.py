@@ -44,8 +44,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 OFTEN = ['--batch_size=8', '--save_every=4', '--log_every=2']
 TINY = {'tokenizer.py': ['--ch=8', '--ch_mult=1,1,2', '--n_codes=32', '--steps=12', '--warmup_free=4'],
         'model.py': ['--D=32', '--depth=2', '--n_head=2', '--steps=8', '--n_images=256'],
-        'distill.py': ['--steps=12', '--n_eval=40', '--teacher_steps=3'],
-        'gan.py': ['--steps=12', '--n_eval=40', '--teacher_steps=3', '--disc_warmup=2', '--spectral']}
+        'distill.py': ['--steps=12', '--n_eval=40', '--n_reference=200', '--teacher_steps=3'],
+        'gan.py': ['--steps=12', '--n_eval=40', '--n_reference=200', '--teacher_steps=3', '--disc_warmup=2',
+                   '--spectral']}
 INPUTS = {'tokenizer.py': [], 'model.py': ['tokenizer.pt'], 'distill.py': ['tokenizer.pt', 'model.pt'],
           'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy']}
 ALONE = dict(os.environ, OMP_NUM_THREADS='1')
@@ -704,7 +705,7 @@ def test_distillation_ends_with_its_table_log_and_pictures():
     assert [r['name'].split(' step')[0] for r in rows] == [
         'real images', 'tokenizer reconstruction', 'teacher, 1', 'teacher, 3', 'student, 1']
     assert [r['passes'] for r in rows] == [0, 0, 1, 6, 1] and all(math.isfinite(r['toy_fd']) for r in rows)
-    assert '40 images per row' in text and 'against 5000 held-out renders' in text and 'TV background' in text
+    assert '40 images per row' in text and 'against 200 held-out renders' in text and 'TV background' in text
     log = [json.loads(line) for line in open(f'{folder}/distill.log.jsonl')]
     assert [r['step'] for r in log] == list(range(2, 13, 2)) and all(0 <= r['divergence'] < 99 for r in log)
     for picture in ('distill.png', 'distill-000000.png', 'distill-000012.png'):
