@@ -33,6 +33,7 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, avera
 # I/O
 init = ''              # generator to start from, '' = out_dir/distill.pt; any distill.pt, gan.pt or reward.pt
 data = ''              # real images, '' = what the teacher was trained on, or a folder
+flips = False          # mirrored real images too, as MaskGIT and MaskBit were trained
 out_dir = 'out'        # model.pt is found here; gan.pt, log and pictures go here
 teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
@@ -183,8 +184,9 @@ if __name__ == '__main__':
         network.checkpointing = grad_checkpoint
         for table in network.embedding_parameters() if freeze_tables else []:
             table.requires_grad_(False)
+    some_prompts = lambda n: start['prompts'][torch.arange(n) % len(start['prompts'])].long().to(device)
     if bias:
-        cond = start['prompts'][:32].long().to(device)
+        cond = some_prompts(32)
         first_block = lambda e: teacher.features(teacher.input_proj(e.reshape(len(e), teacher.L, -1)), cond, [1])[0]
         made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
         if os.path.exists(out):
@@ -225,7 +227,7 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    flips = packed['config'].get('flips', not ours)                           # as the teacher was trained
+    flips |= packed['config'].get('flips', False)                             # as our teacher was trained
     dataset = token_data(source, tokenizer, out_dir, device, flips=flips)     # (M, N + T): real tokens, captions
     reference = Reference(source, n_reference)
     shown, _ = reference.prompts(32)
@@ -312,7 +314,7 @@ if __name__ == '__main__':
     one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng)[1]
     many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, T).to(device)
-    gap_cond = start['prompts'][:250].long().to(device)
+    gap_cond = some_prompts(250)
 
     @torch.no_grad()
     def relaxation_gap():

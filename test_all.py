@@ -1188,7 +1188,7 @@ class Inception(torch.nn.Module):
         h = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 64
         return h if return_features else (h @ self.w).softmax(1)
 
-def test_published_teachers_go_through_distillation_sampling_and_metrics():
+def test_published_teachers_go_through_distillation_gan_sampling_and_metrics():
     with tempfile.TemporaryDirectory() as root:
         torch.jit.script(Inception()).save(f'{root}/inception.pt')
         real = np.random.RandomState(0).randint(0, 255, (40, 16, 16, 3), dtype=np.uint8)
@@ -1208,6 +1208,11 @@ def test_published_teachers_go_through_distillation_sampling_and_metrics():
             assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
             student = torch.load(f'{folder}/distill.pt', weights_only=True)
             assert set(student['tokenizer']) == {'kind', 'path', 'grid'}        # not its weights
+            for k in range(student['args']['n_words']):
+                os.makedirs(f'{folder}/data/{k}')
+                Image.fromarray(real[k]).save(f'{folder}/data/{k}/x.png')
+            text = must_run('gan.py', *files, f'--out_dir={folder}', f'--data={folder}/data', '--flips', '--steps=4')
+            assert 'gan, 1 step' in text and f'{2 * student["args"]["n_words"]} real images' in text
             text = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/ref.npz', '--batch=7')
             assert 'FID@30 ' in text and 'FID ' not in text and digest in text and 'precision' in text
             again = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/bare.npz',
