@@ -58,7 +58,7 @@ disc_warmup = 200      # steps of the discriminator alone before the first updat
 disc_width = 256       # width of a head, at most the teacher's
 spectral = False       # spectral norm on the heads' linear layers
 # Di[M]O
-steps = 800            # generator updates
+steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 2e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
