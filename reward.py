@@ -14,8 +14,10 @@ $ python reward.py --w_clip=0 --w_hps=5 --hps_path=HPS_v2.1_compressed.pt   # a 
 $ torchrun --nproc_per_node=8 reward.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5
 Expected (2 CPU cores, shapes world): see "Rewards" in README.md.
 """
+import functools
 import math
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -102,8 +104,172 @@ def reward_sum(rewards, images, prompts):
 
 def load_rewards(settings, world_file, device):
     """The rewards whose weight is not zero: {name: (weight, function)}. Nothing is loaded for the others."""
-    makers = dict(clip=lambda: world_reward(world_file, 'clip', device))
+    path = lambda name: settings[f'{name}_path']
+    makers = dict(clip=lambda: world_reward(world_file, 'clip', device),
+                  clipscore=lambda: clip_reward('clipscore', path('clip'), path('clip'), device),
+                  hps=lambda: clip_reward('hps', path('hps'), path('clip'), device),
+                  pick=lambda: clip_reward('pick', path('pick'), path('clip'), device),
+                  imagereward=lambda: image_reward(path('imagereward'), path('bert'), device))
     return {name: (settings[f'w_{name}'], make()) for name, make in makers.items() if settings[f'w_{name}']}
+
+
+# -----------------------------------------------------------------------------
+# Published rewards (optional extra: transformers, for its CLIP and its two word tokenizers)
+
+def pixels_224(images):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224), CLIP's preprocessing made differentiable: float32, shorter
+    side to 224 with an antialiased bicubic (PIL's), centre crop, CLIP's mean and std. Clamped twice: bicubic overshoots."""
+    x = (images.float() / 2 + 0.5).clamp(0, 1)
+    size = [round(224 * s / min(x.shape[2:])) for s in x.shape[2:]]
+    x = F.interpolate(x, size=size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).to(x)
+    return (x[:, :, top:top + 224, left:left + 224] - mean[:, None, None]) / std[:, None, None]
+
+
+def hub(call):
+    """call(transformers); a missing package, folder or file ends with one line. Only safetensors are read."""
+    try:
+        import transformers
+        return call(transformers)
+    except ImportError:
+        raise SystemExit('published rewards need one more package: pip install transformers') from None
+    except OSError as error:
+        raise SystemExit(f'cannot load a published reward: {str(error).splitlines()[0]}') from None
+
+
+def read_weights(path):
+    """A published file of tensors, read without executing code."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f'{path}: no such file; download it, or give its path (--hps_path, --imagereward_path)') from None
+    except Exception as error:
+        raise SystemExit(f'{path}: refused, it is damaged or holds more than tensors ({str(error)[:60]!r})') from None
+    return state.get('state_dict', state)
+
+
+def from_open_clip(state):
+    """Names of an open_clip checkpoint -> transformers.CLIPModel: queries, keys and values are one matrix there, both
+    projections are transposed."""
+    names = (('visual.conv1', 'vision_model.embeddings.patch_embedding'), ('visual.ln_pre', 'vision_model.pre_layrnorm'),
+             ('visual.class_embedding', 'vision_model.embeddings.class_embedding'), ('visual.', 'vision_model.'),
+             ('ln_post', 'post_layernorm'), ('token_embedding', 'text_model.embeddings.token_embedding'),
+             ('ln_final', 'text_model.final_layer_norm'), ('transformer.resblocks', 'encoder.layers'),
+             ('positional_embedding', 'embeddings.position_embedding.weight'), ('attn.', 'self_attn.'),
+             ('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2'))
+    out = {'visual_projection.weight': state['visual.proj'].T, 'text_projection.weight': state['text_projection'].T}
+    for key, value in state.items():
+        for old, new in names:
+            key = key.replace(old, new)
+        if key.startswith(('encoder.', 'embeddings.')):
+            key = f'text_model.{key}'
+        if '.in_proj_' in key:
+            out.update({key.replace('in_proj_', f'{p}_proj.'): part for p, part in zip('qkv', value.chunk(3))})
+        elif key not in ('vision_model.proj', 'text_projection'):
+            out[key] = value
+    return out
+
+
+def clip_reward(kind, path, clip_path, device):
+    """CLIP ViT-H/14 in three sets of weights, f and g unit vectors: CLIP score 100 f.g, HPSv2.1 f.g (arXiv 2306.09341),
+    PickScore exp(logit_scale) f.g (arXiv 2305.01569)."""
+    if kind == 'hps':
+        model = hub(lambda t: t.CLIPModel(t.CLIPConfig.from_pretrained(clip_path)))
+        restore(model, from_open_clip(read_weights(path)), path, 'HPSv2.1')
+    else:
+        model = hub(lambda t: t.CLIPModel.from_pretrained(path, use_safetensors=True))
+    words = hub(lambda t: t.AutoTokenizer.from_pretrained(clip_path))
+    model = model.float().to(device).eval().requires_grad_(False)
+    unit = lambda out: F.normalize(getattr(out, 'pooler_output', out), dim=-1)  # transformers >= 5 wraps the features
+    ids = lambda prompts: words(prompts, padding='max_length', truncation=True, return_tensors='pt',
+                                max_length=model.config.text_config.max_position_embeddings)['input_ids'].to(device)
+    text = cached(lambda prompts: unit(model.get_text_features(input_ids=ids(prompts))))
+    scale = {'clipscore': 100.0, 'hps': 1.0, 'pick': model.logit_scale.exp().item()}[kind]
+    return lambda images, prompts: scale * (
+        unit(model.get_image_features(pixel_values=pixels_224(images))) * text(prompts)).sum(-1)
+
+
+class Attend(nn.Module):
+    """BERT's attention with residual and norm after it: x (B, L, D) looks at memory (B, M, W)."""
+
+    def __init__(self, D, W, n_head):
+        super().__init__()
+        self.n_head, self.query, self.key, self.value = n_head, nn.Linear(D, D), nn.Linear(W, D), nn.Linear(W, D)
+        self.dense, self.LayerNorm = nn.Linear(D, D), nn.LayerNorm(D, eps=1e-12)
+
+    def forward(self, x, memory, mask=None):
+        heads = lambda h: h.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(*(heads(h) for h in (self.query(x), self.key(memory), self.value(memory))),
+                                           attn_mask=mask)
+        return self.LayerNorm(x + self.dense(h.transpose(1, 2).flatten(2)))
+
+
+class ImageReward(nn.Module):
+    """ImageReward (arXiv 2304.05977): BLIP's vision transformer, BERT whose words look at the image, and a linear map
+    of its first state in five layers without activations. Sizes are read off the published names' shapes."""
+
+    def __init__(self, state, n_head=16, text_heads=12):
+        super().__init__()
+        size = lambda key, axis=0: state[key].shape[axis]
+        depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
+        W, D, mlp = size('visual.cls_token', 2), size('text.embeddings.LayerNorm.weight'), size('text.layers.0.fc1.weight')
+        p = size('visual.patch_embed.proj.weight', 2)
+        self.visual, self.text = nn.Module(), nn.Module()
+        self.visual.cls_token, self.visual.pos_embed = (nn.Parameter(torch.zeros(state[f'visual.{k}'].shape))
+                                                        for k in ('cls_token', 'pos_embed'))
+        self.visual.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, W, p, p)))
+        self.visual.blocks = nn.Sequential(*[Block(W, n_head, size('visual.blocks.0.mlp.0.weight'), False, 1e-6)
+                                             for _ in range(depth('visual.blocks.'))])
+        self.visual.norm = nn.LayerNorm(W, eps=1e-6)
+        self.text.embeddings = nn.ModuleDict(dict(
+            word_embeddings=nn.Embedding(size('text.embeddings.word_embeddings.weight'), D),
+            position_embeddings=nn.Embedding(size('text.embeddings.position_embeddings.weight'), D),
+            LayerNorm=nn.LayerNorm(D, eps=1e-12)))
+        self.text.layers = nn.ModuleList([nn.ModuleDict(dict(
+            attention=Attend(D, D, text_heads), crossattention=Attend(D, W, text_heads), fc1=nn.Linear(D, mlp),
+            fc2=nn.Linear(mlp, D), LayerNorm=nn.LayerNorm(D, eps=1e-12))) for _ in range(depth('text.layers.'))])
+        self.mlp = nn.ModuleDict({k: nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) for k in '02467'})
+
+    def forward(self, pixels, ids, mask):
+        """Preprocessed images (B, 3, 224, 224), word ids and their mask (B, T) -> (B,)."""
+        v, t = self.visual, self.text
+        x = v.patch_embed['proj'](pixels).flatten(2).transpose(1, 2)         # (B, 196, W)
+        x = v.norm(v.blocks(torch.cat([v.cls_token.expand(len(x), -1, -1), x], 1) + v.pos_embed))
+        h = t.embeddings['word_embeddings'](ids) + t.embeddings['position_embeddings'].weight[:ids.shape[1]]
+        h, seen = t.embeddings['LayerNorm'](h), mask[:, None, None].bool()
+        for layer in t.layers:
+            h = layer['crossattention'](layer['attention'](h, h, seen), x)
+            h = layer['LayerNorm'](h + layer['fc2'](F.gelu(layer['fc1'](h))))
+        h = h[:, 0]
+        for k in '02467':
+            h = self.mlp[k](h)
+        return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+    @staticmethod
+    def rename(state):
+        """Names of ImageReward.pt -> ours; its two projections and the position buffer are not used."""
+        rules = ((r'^blip\.visual_encoder', 'visual'), (r'^blip\.text_encoder', 'text'), (r'\.encoder\.layer', '.layers'),
+                 (r'attention\.(self|output)\.', 'attention.'), (r'intermediate\.dense', 'fc1'), ('output.dense', 'fc2'),
+                 (r'output\.LayerNorm', 'LayerNorm'), (r'\.attn\.', '.'), (r'mlp\.fc1', 'mlp.0'), (r'mlp\.fc2', 'mlp.2'),
+                 (r'^mlp\.layers', 'mlp'))
+        unused = ('blip.vision_proj', 'blip.text_proj', 'blip.text_encoder.embeddings.position_ids')
+        return {functools.reduce(lambda k, r: re.sub(*r, k), rules, key): value for key, value in state.items()
+                if not key.startswith(unused)}
+
+
+def image_reward(path, bert_path, device):
+    """ImageReward behind the interface; ids are cached, as words and pixels meet in every layer."""
+    state = ImageReward.rename(read_weights(path))
+    model = ImageReward(state)
+    restore(model, state, path, 'ImageReward')
+    model = model.float().to(device).eval().requires_grad_(False)
+    words = hub(lambda t: t.AutoTokenizer.from_pretrained(bert_path))
+    def rows(prompts):
+        x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt')
+        return torch.stack([x['input_ids'], x['attention_mask']], 1).to(device)  # (n, 2, 35)
+    text = cached(rows)
+    return lambda images, prompts: model(pixels_224(images), *text(prompts).unbind(1))
 
 
 # -----------------------------------------------------------------------------
