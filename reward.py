@@ -331,9 +331,9 @@ def world_reward(path, name, device):
     return lambda images, prompts: F.logsigmoid(net.score(net.image_features(images), text(prompts)))
 
 
-def mixed(ids, V, rng):
-    """Token probabilities (B, N, V) between images and their neighbours in the batch, ids (B, N): inside a random box,
-    at random positions, each image with a weight of its own. What a one-step generator gets wrong looks like this."""
+def mixed(ids, other, V, rng):
+    """Token probabilities (B, N, V) between two sets of images, ids (B, N): inside a random box, at random positions,
+    each pair with a weight of its own. What a one-step generator gets wrong looks like this."""
     B, N = ids.shape
     side = math.isqrt(N)
     u, at = torch.rand(B, 6, 1, generator=rng), torch.arange(side)
@@ -345,9 +345,10 @@ def mixed(ids, V, rng):
     box = box & (torch.rand(B, N, generator=rng) < 0.2 + 0.8 * u[:, 4])
     weight = (1.3 * u[:, 5]).clamp(max=1) * box                              # (B, N)
     one_hot = lambda x: F.one_hot(x, V).float()
-    return torch.lerp(one_hot(ids), one_hot(ids.roll(1, 0)), weight[..., None].to(ids.device))
+    return torch.lerp(one_hot(ids), one_hot(other), weight[..., None].to(ids.device))
 
 
+RIGHT, BROKEN = 0.15, 0.3
 def damage(x, y):
     """How far images x are from y where they differ most: mean |x - y| over 4 x 4 pixels, the largest, (B,)."""
     return F.avg_pool2d((x - y).abs().mean(1, keepdim=True), 4, 2).flatten(1).max(1).values
@@ -361,32 +362,38 @@ def train_reward(kind, source, tokenizer, words, T, part, device):
     torch.manual_seed(seed + part)
     net = TwoTower(kind, len(words), T).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=reward_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    images, captions = source.batch(range(min(6000, source.length)))
+    images, captions = source.batch(range(min(10_000, source.length)))
     with torch.no_grad():
         tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(250)])
     def wrong(caption, u):
         others = [w for w in words if w != caption]
         return wrong_caption(caption, u) if source.is_world else others[int(u * len(others))]
-    ids = word_ids(captions, words, T)
+    ids, where = word_ids(captions, words, T), {}
+    for i, caption in enumerate(captions):
+        where.setdefault(caption, []).append(i)
     bar = progress(reward_steps, f'reward model {kind}')
     for step in range(reward_steps):
         falling = 0.5 + 0.5 * math.cos(math.pi * step / reward_steps)
         optimizer.param_groups[0]['lr'] = reward_lr * min(1, (step + 1) / 50) * falling
         rng, half = rng_for(seed, step, ('rewards', part)), reward_batch // 2
         k = torch.randint(len(images), (reward_batch,), generator=rng)
-        x, cond = images[k].to(device), ids[k].to(device)
+        x, cond, u = images[k].to(device), ids[k].to(device), torch.rand(reward_batch, n_wrong + 1, generator=rng)
+        false = [wrong(captions[i], float(v)) for i, row in zip(k.tolist(), u[:, 1:]) for v in row]
+        near = []
+        for i, j, v, c in zip(k.tolist(), k.roll(1).tolist(), u[:, 0], false[::n_wrong]):
+            choice = where[captions[i]] if v < 0.5 else where.get(c, [j])    # the same caption, a wrong one, or any
+            near.append(choice[int(2 * (v % 0.5) * len(choice))])
         with torch.no_grad():
-            x[half:] = tokenizer.decode(mixed(tokens[k[half:].to(device)], tokenizer.V, rng)).clamp(-1, 1)
+            pair = (tokens[j[half:]] for j in (k, torch.tensor(near)))
+            x[half:] = tokenizer.decode(mixed(*pair, tokenizer.V, rng)).clamp(-1, 1)
             harm = damage(x, images[k].to(device))                           # (B,), 0 for the renders
         noise = 0.1 * torch.rand(len(x), 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
-        false = [wrong(captions[i], float(v)) for i, row in zip(k.tolist(), torch.rand(len(k), n_wrong, generator=rng))
-                 for v in row]
         f, g = net.image_features(x + noise.to(device)), net.text_features(cond)
         g_false = net.text_features(word_ids(false, words, T).to(device)).view(len(k), n_wrong, -1)
         same = (cond[:, None] == cond).all(-1)                               # (B, B), the diagonal too
         s_true, s_false = net.score(f, g), net.score(f[:, None], g_false)    # (B,), (B, n_wrong)
         s_other = net.score(f[:, None], g).masked_fill(same, -1e9)           # (B, B)
-        right, broken = (harm <= 0.2).float(), (harm > 0.45).float()
+        right, broken = (harm <= RIGHT).float(), (harm > BROKEN).float()
         contrast = torch.cat([s_true[:, None], s_false, s_other], 1).logsumexp(1) - s_true
         loss = ((contrast + F.softplus(-s_true)) * right + 2 * F.softplus(s_true) * broken).mean() \
             + F.softplus(s_false).mean() + 0.5 * F.softplus(s_other.roll(1, 1).diagonal()).mean()
