@@ -17,7 +17,6 @@ Expected (2 CPU cores, shapes world): see "Rewards" in README.md.
 import functools
 import math
 import os
-import re
 
 import torch
 import torch.distributed as dist
@@ -190,86 +189,53 @@ def clip_reward(kind, path, clip_path, device):
         unit(model.get_image_features(pixel_values=pixels_224(images))) * text(prompts)).sum(-1)
 
 
-class Attend(nn.Module):
-    """BERT's attention with residual and norm after it: x (B, L, D) looks at memory (B, M, W)."""
-
-    def __init__(self, D, W, n_head):
-        super().__init__()
-        self.n_head, self.query, self.key, self.value = n_head, nn.Linear(D, D), nn.Linear(W, D), nn.Linear(W, D)
-        self.dense, self.LayerNorm = nn.Linear(D, D), nn.LayerNorm(D, eps=1e-12)
-
-    def forward(self, x, memory, mask=None):
-        heads = lambda h: h.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        h = F.scaled_dot_product_attention(*(heads(h) for h in (self.query(x), self.key(memory), self.value(memory))),
-                                           attn_mask=mask)
-        return self.LayerNorm(x + self.dense(h.transpose(1, 2).flatten(2)))
-
-
-class ImageReward(nn.Module):
-    """ImageReward (arXiv 2304.05977): BLIP's vision transformer, BERT whose words look at the image, and a linear map
-    of its first state in five layers without activations. Sizes are read off the published names' shapes."""
-
-    def __init__(self, state, n_head=16, text_heads=12):
-        super().__init__()
-        size = lambda key, axis=0: state[key].shape[axis]
-        depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
-        W, D, mlp = size('visual.cls_token', 2), size('text.embeddings.LayerNorm.weight'), size('text.layers.0.fc1.weight')
-        p = size('visual.patch_embed.proj.weight', 2)
-        self.visual, self.text = nn.Module(), nn.Module()
-        self.visual.cls_token, self.visual.pos_embed = (nn.Parameter(torch.zeros(state[f'visual.{k}'].shape))
-                                                        for k in ('cls_token', 'pos_embed'))
-        self.visual.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, W, p, p)))
-        self.visual.blocks = nn.Sequential(*[Block(W, n_head, size('visual.blocks.0.mlp.0.weight'), False, 1e-6)
-                                             for _ in range(depth('visual.blocks.'))])
-        self.visual.norm = nn.LayerNorm(W, eps=1e-6)
-        self.text.embeddings = nn.ModuleDict(dict(
-            word_embeddings=nn.Embedding(size('text.embeddings.word_embeddings.weight'), D),
-            position_embeddings=nn.Embedding(size('text.embeddings.position_embeddings.weight'), D),
-            LayerNorm=nn.LayerNorm(D, eps=1e-12)))
-        self.text.layers = nn.ModuleList([nn.ModuleDict(dict(
-            attention=Attend(D, D, text_heads), crossattention=Attend(D, W, text_heads), fc1=nn.Linear(D, mlp),
-            fc2=nn.Linear(mlp, D), LayerNorm=nn.LayerNorm(D, eps=1e-12))) for _ in range(depth('text.layers.'))])
-        self.mlp = nn.ModuleDict({k: nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) for k in '02467'})
-
-    def forward(self, pixels, ids, mask):
-        """Preprocessed images (B, 3, 224, 224), word ids and their mask (B, T) -> (B,)."""
-        v, t = self.visual, self.text
-        x = v.patch_embed['proj'](pixels).flatten(2).transpose(1, 2)         # (B, 196, W)
-        x = v.norm(v.blocks(torch.cat([v.cls_token.expand(len(x), -1, -1), x], 1) + v.pos_embed))
-        h = t.embeddings['word_embeddings'](ids) + t.embeddings['position_embeddings'].weight[:ids.shape[1]]
-        h, seen = t.embeddings['LayerNorm'](h), mask[:, None, None].bool()
-        for layer in t.layers:
-            h = layer['crossattention'](layer['attention'](h, h, seen), x)
-            h = layer['LayerNorm'](h + layer['fc2'](F.gelu(layer['fc1'](h))))
-        h = h[:, 0]
-        for k in '02467':
-            h = self.mlp[k](h)
-        return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-    @staticmethod
-    def rename(state):
-        """Names of ImageReward.pt -> ours; its two projections and the position buffer are not used."""
-        rules = ((r'^blip\.visual_encoder', 'visual'), (r'^blip\.text_encoder', 'text'), (r'\.encoder\.layer', '.layers'),
-                 (r'attention\.(self|output)\.', 'attention.'), (r'intermediate\.dense', 'fc1'), ('output.dense', 'fc2'),
-                 (r'output\.LayerNorm', 'LayerNorm'), (r'\.attn\.', '.'), (r'mlp\.fc1', 'mlp.0'), (r'mlp\.fc2', 'mlp.2'),
-                 (r'^mlp\.layers', 'mlp'))
-        unused = ('blip.vision_proj', 'blip.text_proj', 'blip.text_encoder.embeddings.position_ids')
-        return {functools.reduce(lambda k, r: re.sub(*r, k), rules, key): value for key, value in state.items()
-                if not key.startswith(unused)}
+def from_imagereward(state):
+    """Names of ImageReward.pt -> {visual: BlipVisionModel, text: BlipTextModel, mlp: layers}; its two projections and
+    position buffer are not used."""
+    rules = (('blip.visual_encoder', 'visual'), ('blip.text_encoder', 'text'), ('mlp.layers', 'mlp'),
+             ('visual.cls_token', 'visual.embeddings.class_embedding'), ('visual.norm', 'visual.post_layernorm'),
+             ('visual.pos_embed', 'visual.embeddings.position_embedding'), ('visual.blocks', 'visual.encoder.layers'),
+             ('visual.patch_embed.proj', 'visual.embeddings.patch_embedding'), ('.attn.qkv', '.self_attn.qkv'),
+             ('.attn.proj', '.self_attn.projection'), ('.norm1', '.layer_norm1'), ('.norm2', '.layer_norm2'))
+    unused = ('blip.vision_proj', 'blip.text_proj', 'blip.text_encoder.embeddings.position_ids')
+    return {functools.reduce(lambda k, rule: k.replace(*rule), rules, key): value for key, value in state.items()
+            if not key.startswith(unused)}
 
 
 def image_reward(path, bert_path, device):
-    """ImageReward behind the interface; ids are cached, as words and pixels meet in every layer."""
-    state = ImageReward.rename(read_weights(path))
-    model = ImageReward(state)
-    restore(model, state, path, 'ImageReward')
-    model = model.float().to(device).eval().requires_grad_(False)
+    """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear map of its first state
+    (five layers without activations). Sizes are read off the shapes. Word ids are cached: words and pixels meet in
+    every layer, so there are no text features."""
+    state = from_imagereward(read_weights(path))
+    size = lambda key, axis=0: state[key].shape[axis]
+    depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
+    width, layers = size('visual.post_layernorm.weight'), ('visual.encoder.layers.', 'text.encoder.layer.')
+    eyes = hub(lambda t: t.BlipVisionModel(t.BlipVisionConfig(
+        hidden_size=width, intermediate_size=size(f'{layers[0]}0.mlp.fc1.weight'), num_hidden_layers=depth(layers[0]),
+        num_attention_heads=16, patch_size=size('visual.embeddings.patch_embedding.weight', 2), image_size=224,
+        layer_norm_eps=1e-6, hidden_act='gelu')))
+    text = hub(lambda t: t.BlipTextModel(t.BlipTextConfig(
+        vocab_size=size('text.embeddings.word_embeddings.weight'), hidden_size=size('text.embeddings.LayerNorm.weight'),
+        encoder_hidden_size=width, intermediate_size=size(f'{layers[1]}0.intermediate.dense.weight'),
+        num_hidden_layers=depth(layers[1]), num_attention_heads=12, layer_norm_eps=1e-12,
+        max_position_embeddings=size('text.embeddings.position_embeddings.weight')), add_pooling_layer=False))
+    mlp = nn.ModuleDict({k: nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) for k in '02467'})
+    restore(nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp)), state, path, 'ImageReward')
+    for part in (eyes, text, mlp):
+        part.float().to(device).eval().requires_grad_(False)
     words = hub(lambda t: t.AutoTokenizer.from_pretrained(bert_path))
-    def rows(prompts):
+    def ids(prompts):
         x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt')
         return torch.stack([x['input_ids'], x['attention_mask']], 1).to(device)  # (n, 2, 35)
-    text = cached(rows)
-    return lambda images, prompts: model(pixels_224(images), *text(prompts).unbind(1))
+    known = cached(ids)
+    def score(images, prompts):
+        seen = eyes(pixel_values=pixels_224(images)).last_hidden_state       # (B, 197, width)
+        x, mask = known(prompts).unbind(1)
+        h = text(x, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state[:, 0]
+        for layer in mlp.values():
+            h = layer(h)
+        return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    return score
 
 
 # -----------------------------------------------------------------------------
@@ -338,7 +304,7 @@ def mixed(ids, other, V, rng):
     side = math.isqrt(N)
     u, at = torch.rand(B, 6, 1, generator=rng), torch.arange(side)
     def between(size, start):
-        size = 1 + (size * side * 0.75).long()
+        size = 1 + (size * side).long().clamp(max=side - 1)
         start = (start * (side - size + 1)).long()
         return (at >= start) & (at < start + size)                           # (B, side)
     box = (between(u[:, 0], u[:, 1])[:, :, None] & between(u[:, 2], u[:, 3])[:, None]).flatten(1)
@@ -386,7 +352,9 @@ def train_reward(kind, source, tokenizer, words, T, part, device):
         with torch.no_grad():
             pair = (tokens[j[half:]] for j in (k, torch.tensor(near)))
             x[half:] = tokenizer.decode(mixed(*pair, tokenizer.V, rng)).clamp(-1, 1)
-            harm = damage(x, images[k].to(device))                           # (B,), 0 for the renders
+            alike = torch.tensor([captions[i] == captions[j] for i, j in zip(k.tolist(), near)])
+            harm = [damage(x, images[j].to(device)) for j in (k, torch.where(alike, torch.tensor(near), k))]
+            harm = torch.minimum(*harm)                                      # (B,), 0 for the renders
         noise = 0.1 * torch.rand(len(x), 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
         f, g = net.image_features(x + noise.to(device)), net.text_features(cond)
         g_false = net.text_features(word_ids(false, words, T).to(device)).view(len(k), n_wrong, -1)
