@@ -15,6 +15,7 @@ $ torchrun --nproc_per_node=8 reward.py --batch_size=1024 --generator_lr=1e-5 --
 Expected (2 CPU cores, shapes world): see "Rewards" in README.md.
 """
 import functools
+import importlib
 import math
 import os
 
@@ -42,7 +43,7 @@ save_every = 50        # steps between checkpoints, sample grids and measurement
 n_eval = 2000          # images behind each row of the final table
 # rewards: one weight each, 0 = off and not loaded
 w_clip = 30.0          # two-tower model of the small world, trained here (the reward is a log-probability, at most 0)
-w_clipscore = 0.0      # CLIP ViT-H/14, 100 cos; ReNO .01 for each of 256 x 256 pixels' worth of one image
+w_clipscore = 0.0      # CLIP ViT-H/14, 100 cos; ReNO .01
 w_hps = 0.0            # HPSv2.1, cos; ReNO 5
 w_pick = 0.0           # PickScore, exp(logit_scale) cos; ReNO .05
 w_imagereward = 0.0    # ImageReward, about N(0, 1); ReNO 1
@@ -85,13 +86,12 @@ bench = False          # time 20 steps and stop
 # The interface: a reward is a function (images (B, 3, H, W) in [-1, 1], prompts) -> (B,), differentiable in the images
 
 def cached(features):
-    """Remember the text features (n, ...) = features(prompts) of every prompt: prompts -> (B, ...)."""
+    """Remember the text features (1, ...) = features([prompt]) of every prompt: prompts -> (B, ...). One at a time, as
+    the last bits of a matrix product depend on its batch, and a resumed run meets the prompts in another order."""
     known = {}
     def look_up(prompts):
-        new = sorted(set(prompts) - known.keys())
-        if new:
-            with torch.no_grad():
-                known.update(zip(new, features(new)))
+        with torch.no_grad():
+            known.update({p: features([p])[0] for p in prompts if p not in known})
         return torch.stack([known[p] for p in prompts])
     return look_up
 
@@ -129,8 +129,7 @@ def pixels_224(images):
 def hub(call):
     """call(transformers); a missing package, folder or file ends with one line. Only safetensors are read."""
     try:
-        import transformers
-        return call(transformers)
+        return call(importlib.import_module('transformers'))
     except ImportError:
         raise SystemExit('published rewards need one more package: pip install transformers') from None
     except OSError as error:
