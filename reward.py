@@ -33,7 +33,7 @@ from tokenizer import TASKS, wrong_caption
 
 # -----------------------------------------------------------------------------
 # I/O
-out_dir = 'out'        # model.pt (teacher), distill.pt and rewards.pt are found here; reward.pt, log and pictures go here
+out_dir = 'out'        # model.pt, distill.pt and rewards.pt are found here; reward.pt, log and pictures go here
 init = ''              # generator to start from, '' = out_dir/distill.pt; gan.pt and reward.pt do as well
 teacher_ckpt = ''      # another teacher than out_dir/model.pt
 resume = False         # continue from out_dir/reward.pt to the same bits
@@ -52,7 +52,7 @@ hps_path = 'HPS_v2.1_compressed.pt'       # file of open_clip names
 pick_path = 'yuvalkirstain/PickScore_v1'  # hub id or local folder
 imagereward_path = 'ImageReward.pt'       # file
 bert_path = 'bert-base-uncased'           # word pieces of ImageReward: hub id or local folder
-relax = 'soft'         # images from softmax(z / tau) (soft), hard Gumbel straight-through (gumbel) or straight-through (st)
+relax = 'soft'         # images from softmax(z / tau) (soft), Gumbel (gumbel) or plain (st) straight-through samples
 w_dimo = 1.0           # weight of the Di[M]O surrogate, the guard against reward hacking; 0 = off
 ramp = 0.1             # share of the steps over which the reward weights rise from 0
 patience = 3           # stop after so many measurements without a better held-out reward, keeping the best; 0 = never
@@ -90,8 +90,9 @@ def cached(features):
     the last bits of a matrix product depend on its batch, and a resumed run meets the prompts in another order."""
     known = {}
     def look_up(prompts):
-        with torch.no_grad():
-            known.update({p: features([p])[0] for p in prompts if p not in known})
+        for p in set(prompts) - known.keys():
+            with torch.no_grad():
+                known[p] = features([p])[0]
         return torch.stack([known[p] for p in prompts])
     return look_up
 
@@ -116,10 +117,11 @@ def load_rewards(settings, world_file, device):
 # Published rewards (optional extra: transformers, for its CLIP and its two word tokenizers)
 
 def pixels_224(images):
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224), CLIP's preprocessing made differentiable: float32, shorter
-    side to 224 with an antialiased bicubic (PIL's), centre crop, CLIP's mean and std. Clamped twice: bicubic overshoots."""
+    """CLIP's preprocessing made differentiable: images (B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224). In float32: shorter
+    side to 224 by an antialiased bicubic (PIL's), centre crop, CLIP's mean and std; clamped twice, as bicubic
+    overshoots."""
     x = (images.float() / 2 + 0.5).clamp(0, 1)
-    size = [round(224 * s / min(x.shape[2:])) for s in x.shape[2:]]
+    size = [224 * s // min(x.shape[2:]) for s in x.shape[2:]]
     x = F.interpolate(x, size=size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
     top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).to(x)
@@ -141,7 +143,8 @@ def read_weights(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f'{path}: no such file; download it, or give its path (--hps_path, --imagereward_path)') from None
+        raise SystemExit(f'{path}: no such file; download it, or say where it is (--hps_path, --imagereward_path)') \
+            from None
     except Exception as error:
         raise SystemExit(f'{path}: refused, it is damaged or holds more than tensors ({str(error)[:60]!r})') from None
     return state.get('state_dict', state)
@@ -150,12 +153,13 @@ def read_weights(path):
 def from_open_clip(state):
     """Names of an open_clip checkpoint -> transformers.CLIPModel: queries, keys and values are one matrix there, both
     projections are transposed."""
-    names = (('visual.conv1', 'vision_model.embeddings.patch_embedding'), ('visual.ln_pre', 'vision_model.pre_layrnorm'),
-             ('visual.class_embedding', 'vision_model.embeddings.class_embedding'), ('visual.', 'vision_model.'),
+    names = (('visual.conv1', 'vision_model.embeddings.patch_embedding'), ('ln_1', 'layer_norm1'),
+             ('visual.class_embedding', 'vision_model.embeddings.class_embedding'), ('ln_2', 'layer_norm2'),
+             ('visual.ln_pre', 'vision_model.pre_layrnorm'), ('visual.', 'vision_model.'), ('mlp.c_fc', 'mlp.fc1'),
              ('ln_post', 'post_layernorm'), ('token_embedding', 'text_model.embeddings.token_embedding'),
              ('ln_final', 'text_model.final_layer_norm'), ('transformer.resblocks', 'encoder.layers'),
-             ('positional_embedding', 'embeddings.position_embedding.weight'), ('attn.', 'self_attn.'),
-             ('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2'))
+             ('positional_embedding', 'embeddings.position_embedding.weight'), ('mlp.c_proj', 'mlp.fc2'),
+             ('attn.', 'self_attn.'))
     out = {'visual_projection.weight': state['visual.proj'].T, 'text_projection.weight': state['text_projection'].T}
     for key, value in state.items():
         for old, new in names:
@@ -390,10 +394,9 @@ class Judged(Reference):
                     saturation=(x.amax(1) - x.amin(1)).mean() / 2)
 
     def measure(self, images, captions):
-        rows = [self.judge(images[k:k + 250].to(self.device), captions[k:k + 250])
-                for k in range(0, len(images), 250)]
-        share = [len(images[k:k + 250]) / len(images) for k in range(0, len(images), 250)]
-        means = {key: float(sum(s * r[key] for s, r in zip(share, rows))) for key in rows[0]}
+        parts = [slice(k, k + 250) for k in range(0, len(images), 250)]
+        rows = [self.judge(images[p].to(self.device), captions[p]) for p in parts]
+        means = {key: float(sum(len(images[p]) * r[key] for p, r in zip(parts, rows)) / len(images)) for key in rows[0]}
         return dict(super().measure(images, captions), **means)
 
 
@@ -487,7 +490,8 @@ if __name__ == '__main__':
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k, device)
             cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()]
-            captions, cond = [' '.join(words[i] for i in row if i < len(words)) for row in cond.tolist()], cond.to(device)
+            captions = [' '.join(words[i] for i in row if i < len(words)) for row in cond.tolist()]
+            cond = cond.to(device)
             with autocast:
                 logits, tokens = one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
             # Rewards: - sum_i w_i R_i(decode(softmax(z / tau))), differentiated down to z only
@@ -535,7 +539,8 @@ if __name__ == '__main__':
         if rank == 0 and (step % save_every == 0 or ending):
             if not history or history[-1]['step'] != step:
                 captions, _ = reference.prompts(min(500, n_eval))
-                row = reference.measure(render(from_net(generator_ema), tokenizer, conditions(captions), seed)[0], captions)
+                drawn, _ = render(from_net(generator_ema), tokenizer, conditions(captions), seed)
+                row = reference.measure(drawn, captions)
                 row = dict(step=step, **{k: row[k] for k in ('reward', 'held_out', 'accuracy', 'toy_fd')})
                 if not history or row['held_out'] > max(h['held_out'] for h in history) or not patience:
                     best = {k: v.clone() for k, v in generator_ema.state_dict().items()}

@@ -7,8 +7,8 @@ embedding* uphill on the reward; no weight changes. The template is ReNO (arXiv 
 
 Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start). The
 control is best-of-N: fresh x_init, the best by the same score, at equal passes (a backward counts as two). The score is
-the reward of the image that would be handed out, so what is kept is what was scored. The held-out reward and the checker
-are reported and never looked at. This script imports reward.py, for the rewards only: it trains nothing.
+the reward of the image that would be handed out, so what is kept is what was scored. The held-out reward and the
+checker are reported, never looked at. This script imports reward.py, for the rewards only: it trains nothing.
 
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
@@ -42,7 +42,7 @@ lr = 0.2               # SGD; paper .2
 clip = 1.0             # largest gradient norm of one image, 0 = none; ReNO .1 (with lr 5)
 pull = 0.0             # weight of |e - e_start|^2 / 2 per image
 relax = 'soft'         # soft, gumbel or st, as in reward.py
-output = 'soft'        # the image handed out (and scored): soft decode, free here; tokens = argmax, one more pass a step
+output = 'soft'        # the image handed out and scored: soft decode, free here; tokens: argmax, a pass more per step
 best_of = 0            # draws of the control, 0 = as many as cost the same passes
 # rewards, as in reward.py
 w_clip = 1.0
@@ -150,13 +150,13 @@ if __name__ == '__main__':
         """emb -> (images to differentiate, images handed out)."""
         def draw(emb):
             logits = generator(emb, cond)
-            images = tokenizer.decode(relaxed(logits, relax, made['tau'], rngs)) if emb.requires_grad or output == 'soft' \
-                else None
+            if emb.requires_grad or output == 'soft':
+                images = tokenizer.decode(relaxed(logits, relax, made['tau'], rngs))
             if output == 'soft':
                 return images, images
             with torch.no_grad():
                 handed_out = tokenizer.decode(logits.argmax(-1))
-            return handed_out if images is None else images, handed_out
+            return images if emb.requires_grad else handed_out, handed_out
         return draw
 
     def report(images, part):
@@ -201,7 +201,8 @@ if __name__ == '__main__':
     best_of = best_of or passes[-1]
     ascent, before, after, ms = run(optimised, passes)
     control, _, chosen, ms_control = run(fresh_draws, range(best_of))
-    entries = [('generator', 1, ms_control / best_of, ascent[0]), (f'TTEO, {iterations} steps', passes[-1], ms, ascent[-1]),
+    entries = [('generator', 1, ms_control / best_of, ascent[0]),
+               (f'TTEO, {iterations} steps', passes[-1], ms, ascent[-1]),
                (f'best of {best_of}', best_of, ms_control, control[-1])]
     shown_tasks = [t for t in TASKS if (tasks == t).any()]
     print(f'\n{"":22s}passes  ms/image  reward  held-out  followed' + ''.join(f'{t:>15s}' for t in shown_tasks))
@@ -212,17 +213,18 @@ if __name__ == '__main__':
                           held_out=float(held.mean()), accuracy=float(right.mean()), tasks=shares))
         print(f'{label:22s}{cost:6d}{time_each:10.2f}{best.mean():8.3f}{held.mean():10.3f}{right.mean():10.3f}'
               + ''.join(f'{s:15.3f}' for s in shares.values()))
-    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {output} output; chosen by the reward, which is no evidence by itself: '
-          'read the held-out reward and the checker')
+    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {output} output; they are chosen by the reward, so its value is '
+          'no evidence: read the held-out reward and the checker')
     curve = lambda rows, cost, k: [(float(c), float(r[k].mean())) for c, r in zip(cost, rows)]
     column, label = (2, 'captions followed') if source.is_world else (1, 'held-out reward')
     save_curve(f'{name}-curve.png', {'TTEO': curve(ascent, passes, column),
                                      'best of N': curve(control, range(1, best_of + 1), column)}, label)
     keys = ('kept', 'held_out', 'followed', 'current', 'moved')
-    trajectory = [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)}) for c, r in zip(passes, ascent)]
+    history = lambda rows, cost: [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)})
+                                  for c, r in zip(cost, rows)]
     with writing(f'{name}.json'), open(f'{name}.json', 'w') as file:
-        json.dump(dict(config=config, table=table, trajectory=trajectory, best_of=[
-            dict(passes=k + 1, **dict(zip(keys, map(float, r.mean(1))))) for k, r in enumerate(control)]), file, indent=1)
+        json.dump(dict(config=config, table=table, trajectory=history(ascent, passes),
+                       best_of=history(control, range(1, best_of + 1))), file, indent=1)
     pick = torch.linspace(0, n - 1, min(n, 16)).long()
     save_grid(f'{name}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
               columns=len(pick))
