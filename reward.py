@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (MDM, Block, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, configure,
-                   dimo_grad, ema_update, final_table, guided_logits, jeffreys, load_checkpoint, make_optimizers,
-                   one_step, progress, relaxed, remask, render, report_bench, restore, rng_for, same_weights,
-                   sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
-                   token_entropy, word_ids)
+from model import (MDM, Block, Images, Log, Reference, Stop, Tokenizer, add_noise, aux_loss, average_gradients,
+                   categorical, configure, dimo_grad, ema_update, final_table, guided_logits, init_tokens, jeffreys,
+                   load_checkpoint, make_optimizers, one_step, progress, relaxed, remask, render, report_bench, restore,
+                   rng_for, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch,
+                   start_processes, surrogate, token_entropy, word_ids)
 from tokenizer import TASKS, wrong_caption
 
 # -----------------------------------------------------------------------------
@@ -74,6 +74,7 @@ beta2 = 0.99           # Adam; paper .999
 warmup = 25            # steps of linear warm-up; paper 100
 cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network; paper 1
+image_clip = 3.0       # largest gradient norm of one image at the generator's input, 0 = none; paper 0 (see `update`)
 ema_decay = 0.98       # averaged generator, which is what gets sampled; paper .9999
 # the teacher in the final table
 teacher_steps = 16     # passes of the confidence sampler
@@ -492,8 +493,11 @@ if __name__ == '__main__':
             cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()]
             captions = [' '.join(words[i] for i in row if i < len(words)) for row in cond.tolist()]
             cond = cond.to(device)
+            x_init = init_tokens(micro, generator.N, generator.V, r_init, rng, device)
+            emb = add_noise(generator.embed(x_init), sigma_init, rng, shared_noise).detach().requires_grad_()
             with autocast:
-                logits, tokens = one_step(generator, cond, r_init, sigma_init, tau, rng, shared_noise=shared_noise)
+                logits = generator(emb, cond)                                # `one_step`, with emb at hand
+            tokens = categorical((logits.detach().float() / tau).softmax(-1), rng)
             # Rewards: - sum_i w_i R_i(decode(softmax(z / tau))), differentiated down to z only
             z = logits.detach().requires_grad_()
             images = tokenizer.decode(relaxed(z, relax, tau, rng))           # (B, 3, H, W), float32
@@ -511,7 +515,13 @@ if __name__ == '__main__':
                 psi_loss.backward()
                 numbers.update(aux_loss=psi_loss.detach(), divergence=(
                     jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()))
-            surrogate(logits, grad + reward_grad).backward()
+            total_grad = grad + reward_grad
+            if image_clip:
+                at_input, = torch.autograd.grad(surrogate(logits, total_grad) * micro, emb, retain_graph=True)
+                size = at_input.flatten(1).norm(dim=1)                       # (B,)
+                total_grad = total_grad * (image_clip / size.clamp(min=image_clip))[:, None, None]
+                numbers['clipped_images'] = (size > image_clip).float().mean()
+            surrogate(logits, total_grad).backward()
         numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()))
         ema_update(generator_ema, generator, ema_decay, step)
         numbers.update(grad_dimo=grad.norm() / micro, grad_reward=reward_grad.norm() / micro)
