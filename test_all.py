@@ -881,19 +881,20 @@ def test_tteo_keeps_the_best_iterate_from_the_first_on():
 
 def test_best_of_n_costs_what_tteo_costs():
     assert tteo.passes_of(0, 'soft') == 1 and tteo.passes_of(10, 'soft') == 31 and tteo.passes_of(10, 'tokens') == 42
+    assert tteo.passes_of(8, 'soft', starts=4) == 29
 
 def test_tteo_writes_its_table_curve_and_grid():
     folder = reward_run()[0]
     files = {}
     for batch in (2, 100):
-        ask = ['--ckpt', f'{folder}/reward.pt', '--iterations=2', f'--batch={batch}', f'--name={folder}/t{batch}']
+        ask = ['--ckpt', f'{folder}/reward.pt', '--iterations=2', '--starts=2', f'--batch={batch}', f'--name={folder}/t{batch}']
         text = must_run('tteo.py', *ask, '--n=5')
-        assert 'best of 7' in text and 'TTEO, 2 steps' in text and 'seeds (0, 0..4)' in text
+        assert 'best of 9' in text and 'TTEO, 2 x 2 steps' in text and 'seeds (0, 0..4)' in text
         files[batch] = json.load(open(f'{folder}/t{batch}.json'))
         assert all(os.path.exists(f'{folder}/t{batch}{k}.png') for k in ('', '-curve'))
     kept = [r['kept'] for r in files[100]['trajectory']]
-    assert kept == sorted(kept) and [r['passes'] for r in files[100]['trajectory']] == [1, 4, 7]
-    assert [r['passes'] for r in files[100]['table']] == [1, 7, 7] and files[100]['best_of'][-1]['passes'] == 7
+    assert kept == sorted(kept) and [r['passes'] for r in files[100]['trajectory']] == [3, 6, 9]
+    assert [r['passes'] for r in files[100]['table']] == [1, 9, 9] and files[100]['best_of'][-1]['passes'] == 9
     for a, b in zip(files[2]['trajectory'], files[100]['trajectory']):
         assert abs(a['kept'] - b['kept']) < 1e-3                             # the same images whatever the batch
     ask = ['tteo.py', '--ckpt', f'{folder}/reward.pt']
