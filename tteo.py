@@ -38,8 +38,8 @@ seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
 name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo beside the checkpoint
 # optimisation
-starts = 4             # fresh x_init, of which the best is optimised; paper 1
-iterations = 8         # gradient steps; ReNO 50
+starts = 1             # fresh x_init, of which the best is optimised; paper 1, 4 is better here
+iterations = 10        # gradient steps; ReNO 50
 lr = 0.2               # SGD; paper .2
 clip = 2.0             # largest gradient norm of one image, 0 = none; paper 0, ReNO .1 (with lr 5)
 pull = 0.0             # weight of |e - e_start|^2 / 2 per image
