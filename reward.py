@@ -428,9 +428,9 @@ if __name__ == '__main__':
     start = load_checkpoint(init_path, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
-    r_init, sigma_init, shared_noise, tau, beta, cfg_scale, schedule, p_full, freeze_tables = inherited = [
+    r_init, sigma_init, shared_noise, tau, beta, cfg_scale, schedule, p_full, freeze_tables = (
         start['config'][key] for key in ('r_init', 'sigma_init', 'shared_noise', 'tau', 'beta', 'cfg_scale', 'schedule',
-                                         'p_full', 'freeze_tables')]
+                                         'p_full', 'freeze_tables'))
     config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
     source = Images(start['data'], tokenizer.config['image_size'])
 
