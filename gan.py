@@ -16,7 +16,6 @@ Expected (2 CPU cores, shapes world): see the results table in README.md, which 
 import math
 import os
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn

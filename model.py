@@ -13,6 +13,8 @@ $ python model.py --data=my_images              # your folder, with the tokenize
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
 """
+import functools
+import importlib
 import json
 import math
 import os
@@ -26,9 +28,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check, configure,
-                       draw, factors, fill, is_rank0, load_checkpoint, parse_caption, progress, read_published,
-                       report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch,
-                       start_processes, timed, token_data, word_ids, writing)
+                       factors, fill, load_checkpoint, parse_caption, progress, read_published, report_bench, restore,
+                       rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch, start_processes,
+                       timed, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -271,10 +273,10 @@ def published_name(key, kind):
 def random_numbers(shape, rng, device, normal=False):
     """Uniform [0, 1) or normal numbers (B, ...). `rng` is None, one torch.Generator, or a list with one per image,
     which makes an image independent of the batch it is drawn in."""
-    draw = torch.randn if normal else torch.rand
+    noise = torch.randn if normal else torch.rand
     if isinstance(rng, list):
-        return torch.stack([draw(shape[1:], generator=g, device=g.device) for g in rng]).to(device)
-    return draw(shape, generator=rng, device=device if rng is None else rng.device).to(device)
+        return torch.stack([noise(shape[1:], generator=g, device=g.device) for g in rng]).to(device)
+    return noise(shape, generator=rng, device=device if rng is None else rng.device).to(device)
 
 
 def categorical(probs, rng=None):
@@ -652,6 +654,218 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
         json.dump(dict(config=config, rows=entries), file, indent=1)
     print(f'table: {path}.json, picture: {path}.png, samples: python sample.py --ckpt {path}.pt')
     return entries
+
+
+# -----------------------------------------------------------------------------
+# Rewards: functions (images (B, 3, H, W) in [-1, 1], prompts) -> (B,), differentiable in the images
+
+def cached(features):
+    """Remember the text features (1, ...) = features([prompt]) of every prompt: prompts -> (B, ...). One at a time, as
+    the last bits of a matrix product depend on its batch, and a resumed run meets the prompts in another order."""
+    known = {}
+    def look_up(prompts):
+        for p in set(prompts) - known.keys():
+            with torch.no_grad():
+                known[p] = features([p])[0]
+        return torch.stack([known[p] for p in prompts])
+    return look_up
+
+
+def reward_sum(rewards, images, prompts):
+    """sum_i w_i R_i for rewards {name: (w_i, R_i)}: images (B, 3, H, W), prompts -> (B,)."""
+    return sum(weight * reward(images, prompts) for weight, reward in rewards.values())
+
+
+def load_rewards(settings, world_file, device):
+    """The rewards whose weight is not zero: {name: (weight, function)}. Nothing is loaded for the others."""
+    path = lambda name: settings[f'{name}_path']
+    makers = dict(clip=lambda: world_reward(world_file, 'clip', device),
+                  clipscore=lambda: clip_reward('clipscore', path('clip'), path('clip'), device),
+                  hps=lambda: clip_reward('hps', path('hps'), path('clip'), device),
+                  pick=lambda: clip_reward('pick', path('pick'), path('clip'), device),
+                  imagereward=lambda: image_reward(path('imagereward'), path('bert'), device))
+    return {name: (settings[f'w_{name}'], make()) for name, make in makers.items() if settings[f'w_{name}']}
+
+
+# Published rewards (optional extra: transformers, for its networks and its two word tokenizers)
+
+def pixels_224(images):
+    """CLIP's preprocessing made differentiable: images (B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224). In float32: shorter
+    side to 224 by an antialiased bicubic (PIL's), centre crop, CLIP's mean and std; clamped twice, as bicubic
+    overshoots."""
+    x = (images.float() / 2 + 0.5).clamp(0, 1)
+    size = [224 * s // min(x.shape[2:]) for s in x.shape[2:]]
+    x = F.interpolate(x, size=size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).to(x)
+    return (x[:, :, top:top + 224, left:left + 224] - mean[:, None, None]) / std[:, None, None]
+
+
+def hub(call):
+    """call(transformers); a missing package, folder or file ends with one line. Only safetensors are read."""
+    try:
+        return call(importlib.import_module('transformers'))
+    except ImportError:
+        raise SystemExit('published rewards need one more package: pip install transformers') from None
+    except OSError as error:
+        raise SystemExit(f'cannot load a published reward: {str(error).splitlines()[0]}') from None
+
+
+def read_weights(path):
+    """A published file of tensors, read without executing code."""
+    try:
+        return read_published(path)[0]
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'{error}; say where it is with --hps_path or --imagereward_path') from None
+
+
+def from_open_clip(state):
+    """Names of an open_clip checkpoint -> transformers.CLIPModel: queries, keys and values are one matrix there, both
+    projections are transposed."""
+    names = (('visual.conv1', 'vision_model.embeddings.patch_embedding'), ('ln_1', 'layer_norm1'),
+             ('visual.class_embedding', 'vision_model.embeddings.class_embedding'), ('ln_2', 'layer_norm2'),
+             ('visual.ln_pre', 'vision_model.pre_layrnorm'), ('visual.', 'vision_model.'), ('mlp.c_fc', 'mlp.fc1'),
+             ('ln_post', 'post_layernorm'), ('token_embedding', 'text_model.embeddings.token_embedding'),
+             ('ln_final', 'text_model.final_layer_norm'), ('transformer.resblocks', 'encoder.layers'),
+             ('positional_embedding', 'embeddings.position_embedding.weight'), ('mlp.c_proj', 'mlp.fc2'),
+             ('attn.', 'self_attn.'))
+    out = {'visual_projection.weight': state['visual.proj'].T, 'text_projection.weight': state['text_projection'].T}
+    for key, value in state.items():
+        for old, new in names:
+            key = key.replace(old, new)
+        if key.startswith(('encoder.', 'embeddings.')):
+            key = f'text_model.{key}'
+        if '.in_proj_' in key:
+            out.update({key.replace('in_proj_', f'{p}_proj.'): part for p, part in zip('qkv', value.chunk(3))})
+        elif key not in ('vision_model.proj', 'text_projection'):
+            out[key] = value
+    return out
+
+
+def clip_reward(kind, path, clip_path, device):
+    """CLIP ViT-H/14 in three sets of weights, f and g unit vectors: CLIP score 100 f.g, HPSv2.1 f.g (arXiv 2306.09341),
+    PickScore exp(logit_scale) f.g (arXiv 2305.01569)."""
+    if kind == 'hps':
+        model = hub(lambda t: t.CLIPModel(t.CLIPConfig.from_pretrained(clip_path)))
+        restore(model, from_open_clip(read_weights(path)), path, 'HPSv2.1')
+    else:
+        model = hub(lambda t: t.CLIPModel.from_pretrained(path, use_safetensors=True))
+    words = hub(lambda t: t.AutoTokenizer.from_pretrained(clip_path))
+    model = model.float().to(device).eval().requires_grad_(False)
+    unit = lambda out: F.normalize(getattr(out, 'pooler_output', out), dim=-1)  # transformers >= 5 wraps the features
+    ids = lambda prompts: words(prompts, padding='max_length', truncation=True, return_tensors='pt',
+                                max_length=model.config.text_config.max_position_embeddings)['input_ids'].to(device)
+    text = cached(lambda prompts: unit(model.get_text_features(input_ids=ids(prompts))))
+    scale = {'clipscore': 100.0, 'hps': 1.0, 'pick': model.logit_scale.exp().item()}[kind]
+    return lambda images, prompts: scale * (
+        unit(model.get_image_features(pixel_values=pixels_224(images))) * text(prompts)).sum(-1)
+
+
+def from_imagereward(state):
+    """Names of ImageReward.pt -> {visual: BlipVisionModel, text: BlipTextModel, mlp: layers}; its two projections and
+    position buffer are not used."""
+    rules = (('blip.visual_encoder', 'visual'), ('blip.text_encoder', 'text'), ('mlp.layers', 'mlp'),
+             ('visual.cls_token', 'visual.embeddings.class_embedding'), ('visual.norm', 'visual.post_layernorm'),
+             ('visual.pos_embed', 'visual.embeddings.position_embedding'), ('visual.blocks', 'visual.encoder.layers'),
+             ('visual.patch_embed.proj', 'visual.embeddings.patch_embedding'), ('.attn.qkv', '.self_attn.qkv'),
+             ('.attn.proj', '.self_attn.projection'), ('.norm1', '.layer_norm1'), ('.norm2', '.layer_norm2'))
+    unused = ('blip.vision_proj', 'blip.text_proj', 'blip.text_encoder.embeddings.position_ids')
+    return {functools.reduce(lambda k, rule: k.replace(*rule), rules, key): value for key, value in state.items()
+            if not key.startswith(unused)}
+
+
+def image_reward(path, bert_path, device):
+    """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear map of its first state
+    (five layers without activations). Sizes are read off the shapes. Word ids are cached: words and pixels meet in
+    every layer, so there are no text features."""
+    state = from_imagereward(read_weights(path))
+    size = lambda key, axis=0: state[key].shape[axis]
+    depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
+    width, layers = size('visual.post_layernorm.weight'), ('visual.encoder.layers.', 'text.encoder.layer.')
+    eyes = hub(lambda t: t.BlipVisionModel(t.BlipVisionConfig(
+        hidden_size=width, intermediate_size=size(f'{layers[0]}0.mlp.fc1.weight'), num_hidden_layers=depth(layers[0]),
+        num_attention_heads=16, patch_size=size('visual.embeddings.patch_embedding.weight', 2), image_size=224,
+        layer_norm_eps=1e-6, hidden_act='gelu')))
+    text = hub(lambda t: t.BlipTextModel(t.BlipTextConfig(
+        vocab_size=size('text.embeddings.word_embeddings.weight'), hidden_size=size('text.embeddings.LayerNorm.weight'),
+        encoder_hidden_size=width, intermediate_size=size(f'{layers[1]}0.intermediate.dense.weight'),
+        num_hidden_layers=depth(layers[1]), num_attention_heads=12, layer_norm_eps=1e-12,
+        max_position_embeddings=size('text.embeddings.position_embeddings.weight')), add_pooling_layer=False))
+    mlp = nn.ModuleDict({k: nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) for k in '02467'})
+    restore(nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp)), state, path, 'ImageReward')
+    for part in (eyes, text, mlp):
+        part.float().to(device).eval().requires_grad_(False)
+    words = hub(lambda t: t.AutoTokenizer.from_pretrained(bert_path))
+    def ids(prompts):
+        x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt')
+        return torch.stack([x['input_ids'], x['attention_mask']], 1).to(device)  # (n, 2, 35)
+    known = cached(ids)
+    def score(images, prompts):
+        seen = eyes(pixel_values=pixels_224(images)).last_hidden_state       # (B, 197, width)
+        x, mask = known(prompts).unbind(1)
+        h = text(x, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state[:, 0]
+        for layer in mlp.values():
+            h = layer(h)
+        return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    return score
+
+
+# The rewards of the small world; reward.py trains them
+
+class ConvTower(nn.Sequential):
+    """Images (B, 3, 32, 32) -> (B, d), four convolutions: the reward that is optimised."""
+
+    def __init__(self, d):
+        conv = lambda a, b, size, stride: nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2), nn.GroupNorm(8, b),
+                                                        nn.SiLU())
+        super().__init__(conv(3, 32, 5, 2), conv(32, 64, 3, 2), conv(64, 64, 3, 1), conv(64, 128, 3, 2), nn.Flatten(),
+                         nn.Linear(128 * 4 * 4, d))
+
+
+class PatchTower(nn.Module):
+    """Images (B, 3, 32, 32) -> (B, d), a small vision transformer: the reward that is only reported."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 64, 4, stride=4)
+        self.place = nn.Parameter(0.02 * torch.randn(1, 64, 64))
+        self.blocks = nn.Sequential(*[Block(64, 2, 128, False, 1e-5) for _ in range(2)])
+        self.out = nn.Linear(64 * 64, d)
+
+    def forward(self, x):
+        return self.out(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.place).flatten(1))
+
+
+class TwoTower(nn.Module):
+    """CLIP in miniature: log-odds that a caption is true of an image = scale cos(f, g) + shift, with f from pixels
+    and g from the caption's words in order."""
+
+    def __init__(self, kind, n_words, T, d=256):
+        super().__init__()
+        self.config = dict(kind=kind, n_words=n_words, T=T, d=d)
+        self.image = ConvTower(d) if kind == 'conv' else PatchTower(d)
+        self.words = nn.Embedding(n_words + 1, 32)
+        self.text = nn.Sequential(nn.Flatten(), nn.Linear(32 * T, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        self.log_scale, self.shift = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(-8.0))
+
+    def image_features(self, x):
+        x = x if x.shape[-1] == 32 else F.interpolate(x, size=(32, 32), mode='area')
+        return F.normalize(self.image(x), dim=-1)                            # (B, d)
+
+    def text_features(self, ids):
+        return F.normalize(self.text(self.words(ids)), dim=-1)               # (B, T) -> (B, d)
+
+    def score(self, f, g):
+        return self.log_scale.exp() * (f * g).sum(-1) + self.shift
+
+
+def world_reward(path, name, device):
+    """R = log P(caption is true of the image), at most 0: an image that already follows its prompt pulls little."""
+    state = load_checkpoint(path, 'rewards', 'Make it with: python reward.py', fallback=True)
+    net = TwoTower(**state['args'][name]).to(device).eval().requires_grad_(False)
+    restore(net, state[name], path, name)
+    text = cached(lambda prompts: net.text_features(word_ids(prompts, state['words'], net.config['T']).to(device)))
+    return lambda images, prompts: F.logsigmoid(net.score(net.image_features(images), text(prompts)))
 
 
 # -----------------------------------------------------------------------------

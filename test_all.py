@@ -39,8 +39,10 @@ from PIL import Image
 import distill
 import gan
 import model as M
+import reward
 import sample
 import tokenizer as T
+import tteo
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OFTEN = ['--batch_size=8', '--save_every=4', '--log_every=2']
@@ -174,7 +176,7 @@ def test_overrides_refuse_with_one_line():
     exits_with(bad('-lr', '3'), 'stray word')
 
 def test_help_prints_the_block():
-    for script in (T, M, distill, sample):
+    for script in (T, M, distill, sample, reward, tteo):
         text = io.StringIO()
         try:
             with contextlib.redirect_stdout(text):
@@ -1249,6 +1251,270 @@ def test_a_published_teacher_is_asked_for_politely():
 
 
 # -----------------------------------------------------------------------------
+# Rewards and test-time optimisation
+
+RED = 'a red circle'
+TINY_REWARD = [*OFTEN, '--steps=8', '--n_eval=20', '--n_reference=100', '--teacher_steps=2', '--reward_steps=3',
+               '--reward_batch=16', '--patience=0']
+
+def tiny_rewards(root):
+    """A file with two untrained reward models."""
+    torch.manual_seed(0)
+    nets = {'clip': M.TwoTower('conv', len(T.WORDS), 8), 'held_out': M.TwoTower('patch', len(T.WORDS), 8)}
+    args, weights = {k: n.config for k, n in nets.items()}, {k: n.state_dict() for k, n in nets.items()}
+    T.save_checkpoint(f'{root}/rewards.pt', dict(stage='rewards', words=T.WORDS, args=args, **weights))
+    return f'{root}/rewards.pt'
+
+@functools.cache
+def reward_run():
+    """The tiny student, rewarded -> (folder, what was printed)."""
+    reward_run.keep = tempfile.TemporaryDirectory()
+    folder = f'{reward_run.keep.name}/out'
+    os.makedirs(folder)
+    for name in ('tokenizer', 'model', 'distill'):
+        os.link(f'{tiny_run()[0]}/{name}.pt', f'{folder}/{name}.pt')
+    return folder, must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD)
+
+def test_a_reward_is_differentiable_caches_its_text_and_rises_on_one_step():
+    with tempfile.TemporaryDirectory() as root:
+        judge = M.world_reward(tiny_rewards(root), 'clip', 'cpu')
+        images, prompts = torch.rand(3, 3, 32, 32) * 2 - 1, [RED, 'a blue square', RED]
+        images.requires_grad_()
+        with mock.patch.object(M, 'word_ids', wraps=M.word_ids) as asked:
+            value = judge(images, prompts)
+            judge(images, prompts)
+        assert sorted(c.args[0][0] for c in asked.call_args_list) == ['a blue square', RED]  # each prompt once
+        assert value.shape == (3,) and (value <= 0).all()
+        grad, = torch.autograd.grad(value.sum(), images)
+        assert torch.isfinite(grad).all() and (grad.flatten(1).norm(dim=1) > 0).all()
+        assert (judge(images.detach() + 1e-3 * grad / grad.std(), prompts) > value).all()
+
+def test_nothing_is_loaded_for_a_weight_of_zero():
+    settings = {k: v for k, v in vars(reward).items() if k.startswith('w_') or k.endswith('_path')}
+    assert M.load_rewards({**settings, 'w_clip': 0.0}, 'no.pt', 'cpu') == {}
+    exits_with(lambda: M.load_rewards(settings, 'no.pt', 'cpu'), 'no.pt', 'python reward.py')
+    with tempfile.TemporaryDirectory() as root:
+        loaded = M.load_rewards({**settings, 'w_clip': 2.0}, tiny_rewards(root), 'cpu')
+        assert list(loaded) == ['clip'] and loaded['clip'][0] == 2.0
+        total = M.reward_sum({'a': (2.0, loaded['clip'][1]), 'b': (3.0, lambda images, prompts: torch.ones(1))},
+                                  torch.zeros(1, 3, 32, 32), [RED])
+        assert torch.allclose(total, 2 * loaded['clip'][1](torch.zeros(1, 3, 32, 32), [RED]) + 3)
+    with mock.patch.dict(sys.modules, transformers=None):
+        exits_with(lambda: M.load_rewards({**settings, 'w_clip': 0.0, 'w_pick': 1.0}, '', 'cpu'),
+                   'pip install transformers')
+
+def test_reward_gradients_reach_the_logits_and_nothing_frozen():
+    with tempfile.TemporaryDirectory() as root:
+        tokenizer = T.Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval().requires_grad_(False)
+        judge = M.world_reward(tiny_rewards(root), 'clip', 'cpu')
+        z = torch.randn(2, 64, 12, requires_grad=True)
+        for relax in ('soft', 'gumbel', 'st'):
+            grad, = torch.autograd.grad(judge(tokenizer.decode(M.relaxed(z, relax)), [RED] * 2).sum(), z)
+            assert torch.isfinite(grad).all() and grad.abs().max() > 0, relax
+        assert all(p.grad is None and not p.requires_grad for p in tokenizer.parameters())
+
+def test_mixed_tokens_harm_by_their_weight():
+    torch.manual_seed(0)
+    ids, other = torch.randint(12, (64, 16)), torch.randint(12, (64, 16))
+    probs = reward.mixed(ids, other, 12, torch.Generator().manual_seed(0))
+    assert torch.allclose(probs.sum(-1), torch.ones(64, 16)) and probs.shape == (64, 16, 12)
+    kept = (probs.gather(-1, ids[..., None]) > 0.999).float().mean()
+    assert 0.4 < kept < 0.95                                                 # elsewhere than in the boxes
+    assert reward.damage(torch.ones(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)) == 1
+
+def test_reward_run_ends_with_its_tables_log_and_pictures():
+    folder, text = reward_run()
+    rows = json.load(open(f'{folder}/reward.json'))['rows']
+    assert [r['name'] for r in rows][2:] == ['teacher, 2 steps', 'start, distill', 'rewarded, 1 step']
+    assert all(math.isfinite(r[k]) for r in rows for k in ('reward', 'held_out', 'clipped', 'saturation', 'toy_fd'))
+    assert 'color_attr' in text and 'training two small reward models' in text
+    keys = {'reward', 'held_out', 'clipped', 'saturation', 'toy_fd', 'grad_dimo', 'grad_reward'}
+    assert all(keys <= set(json.loads(line)) for line in open(f'{folder}/reward.log.jsonl'))
+    assert all(os.path.exists(f'{folder}/reward{k}.png') for k in ('', '-000000', '-000008'))
+    must_run('sample.py', '--ckpt', f'{folder}/reward.pt', '--n=2')
+
+def test_reward_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
+    whole = reward_run()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ('tokenizer', 'model', 'distill', 'rewards'):
+            os.link(f'{whole}/{name}.pt', f'{folder}/{name}.pt')
+        deadly = KILL.format(call='torch.optim.AdamW.step', nth=random.randint(9, 15))
+        code, text = run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=deadly)
+        assert code == -signal.SIGKILL, text[-1500:]
+        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, '--resume')
+        a, b = (torch.load(f'{f}/reward.pt', weights_only=True) for f in (whole, folder))
+        same({**a, 'config': 0}, {**b, 'config': 0})
+        assert open(f'{whole}/reward.log.jsonl').read() == open(f'{folder}/reward.log.jsonl').read()
+
+def climb(emb, **options):
+    """A toy ascent: the image is a slice of the embedding, its score a parabola with the top at 1."""
+    draw = lambda e: (e[:, :, :1, None],) * 2
+    score = lambda x: -(x - 1).flatten(1).square().sum(1)
+    return list(tteo.ascend(emb, draw, score, **{**dict(iterations=6, lr=0.2, clip=0.0, pull=0.0), **options}))
+
+def test_tteo_keeps_the_best_iterate_from_the_first_on():
+    emb = torch.randn(5, 4, 3)
+    for lr in (0.2, 50.0):                                                   # the second overshoots at once
+        rows = climb(emb, lr=lr)
+        kept = torch.stack([r[1] for r in rows])
+        assert len(rows) == 7 and torch.equal(kept, torch.stack([r[0] for r in rows]).cummax(0).values)
+        assert torch.equal(-(rows[-1][2] - 1).flatten(1).square().sum(1), kept[-1])  # the image that has this score
+        assert (rows[-1][1] > rows[0][0]).all() or lr > 1
+    alone = torch.cat([climb(emb[k:k + 1])[-1][2] for k in range(5)])
+    assert torch.equal(alone, climb(emb)[-1][2])                             # whatever the batch
+    assert (climb(emb, pull=5.0)[-1][3] < climb(emb)[-1][3]).all()
+    assert (climb(emb, clip=0.1)[1][3] <= 0.2 * 0.1 + 1e-6).all()
+
+def test_best_of_n_costs_what_tteo_costs():
+    assert tteo.passes_of(0, 'soft') == 1 and tteo.passes_of(10, 'soft') == 31 and tteo.passes_of(10, 'tokens') == 42
+    assert tteo.passes_of(8, 'soft', starts=4) == 29
+
+def test_tteo_writes_its_table_curve_and_grid():
+    folder = reward_run()[0]
+    files = {}
+    for batch in (2, 100):
+        ask = ['--ckpt', f'{folder}/reward.pt', '--iterations=2', '--starts=2', f'--batch={batch}',
+               f'--name={folder}/t{batch}']
+        text = must_run('tteo.py', *ask, '--n=5')
+        assert 'best of 9' in text and 'TTEO, 2 x 2 steps' in text and 'seeds (0, 0..4)' in text
+        files[batch] = json.load(open(f'{folder}/t{batch}.json'))
+        assert all(os.path.exists(f'{folder}/t{batch}{k}.png') for k in ('', '-curve'))
+    kept = [r['kept'] for r in files[100]['trajectory']]
+    assert kept == sorted(kept) and [r['passes'] for r in files[100]['trajectory']] == [3, 6, 9]
+    assert [r['passes'] for r in files[100]['table']] == [1, 9, 9] and files[100]['best_of'][-1]['passes'] == 9
+    for a, b in zip(files[2]['trajectory'], files[100]['trajectory']):
+        assert abs(a['kept'] - b['kept']) < 1e-3                             # the same images whatever the batch
+    ask = ['tteo.py', '--ckpt', f'{folder}/reward.pt']
+    must_refuse(*ask, '--prompt', 'a purple circle', words="unknown word 'purple'")
+    must_refuse(*ask, '--output=png', words='--output=soft or tokens')
+    must_refuse('reward.py', f'--out_dir={folder}', '--init=no.pt', words='no.pt: no such checkpoint')
+    must_refuse('reward.py', f'--out_dir={folder}', '--w_clip=0', words='every reward has weight 0')
+
+def transformers_or_skip():
+    try:
+        import transformers
+        return transformers
+    except ImportError:
+        raise SkipTest('transformers is not installed (pip install transformers)') from None
+
+def tiny_clip(root):
+    """A random CLIP of the published class with a five-word tokenizer, saved in root."""
+    t = transformers_or_skip()
+    import tokenizers
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act='gelu')
+    words = {w: k for k, w in enumerate(['<pad>', '<start>', '<end>', 'a', 'red', 'circle'])}
+    text = dict(vocab_size=6, hidden_size=16, intermediate_size=32, max_position_embeddings=12, bos_token_id=1,
+                eos_token_id=2, pad_token_id=0)
+    pixels = dict(hidden_size=24, intermediate_size=48, image_size=224, patch_size=112)
+    config = t.CLIPConfig(text_config={**text, **sizes}, vision_config={**pixels, **sizes}, projection_dim=8)
+    model = t.CLIPModel(config)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<start> $A <end>', special_tokens=[('<start>', 1), ('<end>', 2)])
+    t.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token='<pad>', eos_token='<end>').save_pretrained(root)
+    model.eval().save_pretrained(root)
+    return model, torch.tensor([[1, 3, 4, 5, 2] + [0] * 7, [1, 3, 5, 2] + [0] * 8])
+
+def clip_cosine(model, images, ids):
+    take = lambda out: F.normalize(getattr(out, 'pooler_output', out), dim=-1)
+    f = take(model.get_image_features(pixel_values=M.pixels_224(images)))
+    return (f * take(model.get_text_features(input_ids=ids))).sum(-1)
+
+def test_preprocessing_equals_pils_to_a_hundredth():
+    for height, width in ((256, 256), (300, 420), (512, 512), (32, 32)):
+        y, x = np.mgrid[:height, :width] / 20
+        pixels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.cos(x / 3) * np.sin(y)], -1) * 120 + 128
+        pixels = pixels.astype(np.uint8)
+        size = [224 * s // min(height, width) for s in (width, height)]           # torchvision's Resize
+        box = [(s - 224) // 2 for s in size]
+        crop = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).crop((*box, box[0] + 224, box[1] + 224))
+        ours = M.pixels_224(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)[0].permute(1, 2, 0)
+        ours = ours.numpy() * [0.26862954, 0.26130258, 0.27577711] + [0.48145466, 0.4578275, 0.40821073]
+        assert abs(ours - np.asarray(crop) / 255).max() < 0.01 and ours.shape == (224, 224, 3)
+    x = (torch.rand(1, 3, 40, 50) * 2 - 1).requires_grad_()
+    assert (torch.autograd.grad(M.pixels_224(x).square().sum(), x)[0] != 0).any(1).float().mean() > 0.7
+
+def test_clip_score_and_pickscore_follow_their_formulas():
+    images = (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
+    with tempfile.TemporaryDirectory() as root:
+        model, ids = tiny_clip(root)
+        cosine = clip_cosine(model, images, ids)
+        for kind, scale in (('clipscore', 100), ('pick', model.logit_scale.exp())):
+            score = M.clip_reward(kind, root, root, 'cpu')(images, [RED, 'a circle'])
+            assert torch.allclose(score, scale * cosine, atol=1e-4)
+            grad, = torch.autograd.grad(score.sum(), images)
+            assert torch.isfinite(grad).all() and grad.abs().max() > 0
+        exits_with(lambda: M.clip_reward('pick', f'{root}/nowhere', root, 'cpu'), 'cannot load', 'nowhere')
+
+def test_hps_is_read_from_open_clip_names():
+    images = torch.rand(2, 3, 40, 40) * 2 - 1
+    with tempfile.TemporaryDirectory() as root:
+        model, ids = tiny_clip(root)
+        state, names = model.state_dict(), {}
+        for old, new in (('visual.', 'vision_model.'), ('', 'text_model.')):
+            emb, layers = f'{new}embeddings.', f'{new}encoder.layers.'
+            for i in range(2):
+                for a, b in (('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'),
+                             ('mlp.c_proj', 'mlp.fc2'), ('attn.out_proj', 'self_attn.out_proj')):
+                    for end in ('weight', 'bias'):
+                        names[f'{old}transformer.resblocks.{i}.{a}.{end}'] = state[f'{layers}{i}.{b}.{end}']
+                for end in ('weight', 'bias'):
+                    names[f'{old}transformer.resblocks.{i}.attn.in_proj_{end}'] = torch.cat(
+                        [state[f'{layers}{i}.self_attn.{p}_proj.{end}'] for p in 'qkv'])
+            names[f'{old}positional_embedding'] = state[f'{emb}position_embedding.weight']
+        for end in ('weight', 'bias'):
+            names[f'visual.ln_pre.{end}'] = state[f'vision_model.pre_layrnorm.{end}']
+            names[f'visual.ln_post.{end}'] = state[f'vision_model.post_layernorm.{end}']
+            names[f'ln_final.{end}'] = state[f'text_model.final_layer_norm.{end}']
+        names |= {'visual.conv1.weight': state['vision_model.embeddings.patch_embedding.weight'],
+                  'visual.class_embedding': state['vision_model.embeddings.class_embedding'],
+                  'token_embedding.weight': state['text_model.embeddings.token_embedding.weight'],
+                  'visual.proj': state['visual_projection.weight'].T, 'logit_scale': state['logit_scale'],
+                  'text_projection': state['text_projection.weight'].T}
+        same(dict(sorted(M.from_open_clip(names).items())), dict(sorted(state.items())))
+        torch.save({'state_dict': names}, f'{root}/hps.pt')
+        score = M.clip_reward('hps', f'{root}/hps.pt', root, 'cpu')(images, [RED, 'a circle'])
+        assert torch.allclose(score, clip_cosine(model, images, ids), atol=1e-5)
+        exits_with(lambda: M.clip_reward('hps', f'{root}/no.pt', root, 'cpu'), 'no.pt: no such file', '--hps_path')
+
+def test_imagereward_reads_its_published_names():
+    t, images = transformers_or_skip(), (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
+    with tempfile.TemporaryDirectory() as root:
+        _, ids = tiny_clip(root)                                             # only its word tokenizer is used
+        text = t.BlipTextModel(t.BlipTextConfig(
+            vocab_size=6, hidden_size=24, encoder_hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=12, max_position_embeddings=35, layer_norm_eps=1e-12), add_pooling_layer=False).eval()
+        eyes = t.BlipVisionModel(t.BlipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=224, num_attention_heads=16,
+            patch_size=112, layer_norm_eps=1e-6)).eval()
+        widths = (24, 10, 9, 8, 7, 1)
+        layers = {k: torch.nn.Linear(a, b) for k, a, b in zip('02467', widths, widths[1:])}
+        published = {f'mlp.layers.{k}.{e}': v for k, m in layers.items() for e, v in m.state_dict().items()}
+        published |= {f'blip.text_encoder.{k}': v for k, v in text.state_dict().items()}
+        for key, value in eyes.state_dict().items():
+            for a, b in (('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
+                         ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'),
+                         ('self_attn.projection', 'attn.proj'), ('self_attn', 'attn'), ('layer_norm', 'norm'),
+                         ('post_layernorm', 'norm')):
+                key = key.replace(a, b)
+            published[f'blip.visual_encoder.{key}'] = value
+        torch.save({**published, 'blip.vision_proj.weight': torch.ones(1)}, f'{root}/ImageReward.pt')
+        score = M.image_reward(f'{root}/ImageReward.pt', root, 'cpu')(images, [RED, 'a circle'])
+        ids = torch.cat([ids, torch.zeros(2, 23).long()], 1)
+        seen = eyes(pixel_values=M.pixels_224(images)).last_hidden_state
+        h = text(ids, attention_mask=(ids > 0).long(), encoder_hidden_states=seen, is_decoder=False)[0][:, 0]
+        for layer in layers.values():
+            h = layer(h)
+        assert torch.allclose(score, (h[:, 0] - 0.16717362830052426) / 1.0333394966054072, atol=1e-4)
+        grad, = torch.autograd.grad(score.sum(), images)
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0
+
+
+# -----------------------------------------------------------------------------
 # Files and errors
 
 def test_truncated_checkpoint_is_reported_and_the_previous_one_used():
@@ -1349,7 +1615,7 @@ def test_errors_of_the_scripts_are_one_line():
 
 def test_scripts_import_only_what_the_design_allows():
     allowed = {'torch', 'numpy', 'tqdm', 'PIL', 'scipy', *sys.stdlib_module_names}
-    ours = {'tokenizer.py': set(), 'model.py': {'tokenizer'}}
+    ours = {'tokenizer.py': set(), 'model.py': {'tokenizer'}, 'tteo.py': {'tokenizer', 'model', 'reward'}}
     for path in set(glob.glob(f'{HERE}/*.py')) - {os.path.abspath(__file__)}:
         name, tree = os.path.basename(path), ast.parse(open(path, encoding='utf-8').read())
         found = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
