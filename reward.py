@@ -445,9 +445,9 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
     rewards = load_rewards(config, world_file, device)
-    reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
     if not rewards:
         raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
+    reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
 
     # Networks: teacher (phi), generator (theta), its average and its start, auxiliary (psi)
     teacher, generator, generator_ema, aux, start_net = (MDM(**packed['args']).to(device) for _ in range(5))
