@@ -229,9 +229,9 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
     rewards = load_rewards(config, world_file, device)
-    reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
     if not rewards:
         raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
+    reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
 
     # Networks: teacher (phi), generator (theta), its average and its start, auxiliary (psi)
     teacher, generator, generator_ema, aux, start_net = (MDM(**packed['args']).to(device) for _ in range(5))
@@ -282,15 +282,17 @@ if __name__ == '__main__':
             captions = [' '.join(words[i] for i in row if i < len(words)) for row in cond.tolist()]
             cond = cond.to(device)
             x_init = init_tokens(micro, generator.N, generator.V, r_init, rng, device)
-            emb = add_noise(generator.embed(x_init), sigma_init, rng).detach().requires_grad_()
+            emb = add_noise(generator.embed(x_init), sigma_init, rng)
+            emb = emb if emb.requires_grad else emb.requires_grad_()         # frozen tables
             with autocast:
                 logits = generator(emb, cond)                                # `one_step`, with emb at hand
             tokens = categorical((logits.detach().float() / tau).softmax(-1), rng)
             # Rewards: - sum_i w_i R_i(decode(softmax(z / tau))), differentiated down to z only
-            z = logits.detach().requires_grad_()
+            z = logits.detach().float().requires_grad_()
             images = tokenizer.decode(relaxed(z, relax, tau, rng))           # (B, 3, H, W), float32
             total = -reward_sum(rewards, images, captions).sum() * min(1, (step + 1) / max(1, ramp * steps))
-            reward_grad, = torch.autograd.grad(total, z)                     # per image, as `grad`
+            total.backward()
+            reward_grad = z.grad                                             # per image, as `grad`
             grad = torch.zeros_like(reward_grad)
             if w_dimo:  # Di[M]O at x_t, as in distill.py, and the auxiliary model with its own loss
                 x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
@@ -306,8 +308,8 @@ if __name__ == '__main__':
             # An image between two modes has a gradient hundreds of times larger than the median; no image may dominate
             total_grad = grad + reward_grad
             if image_clip:
-                at_input, = torch.autograd.grad(surrogate(logits, total_grad) * micro, emb, retain_graph=True)
-                size = at_input.flatten(1).norm(dim=1)                       # (B,)
+                (surrogate(logits, total_grad) * micro).backward(inputs=[emb], retain_graph=True)
+                size = emb.grad.flatten(1).norm(dim=1)                       # (B,)
                 total_grad = total_grad * (image_clip / size.clamp(min=image_clip))[:, None, None]
                 numbers['clipped_images'] = (size > image_clip).float().mean()
             surrogate(logits, total_grad).backward()
