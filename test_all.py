@@ -887,7 +887,8 @@ def test_tteo_writes_its_table_curve_and_grid():
     folder = reward_run()[0]
     files = {}
     for batch in (2, 100):
-        ask = ['--ckpt', f'{folder}/reward.pt', '--iterations=2', '--starts=2', f'--batch={batch}', f'--name={folder}/t{batch}']
+        ask = ['--ckpt', f'{folder}/reward.pt', '--iterations=2', '--starts=2', f'--batch={batch}',
+               f'--name={folder}/t{batch}']
         text = must_run('tteo.py', *ask, '--n=5')
         assert 'best of 9' in text and 'TTEO, 2 x 2 steps' in text and 'seeds (0, 0..4)' in text
         files[batch] = json.load(open(f'{folder}/t{batch}.json'))

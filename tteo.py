@@ -5,11 +5,11 @@ embedding* uphill on the reward; no weight changes. The template is ReNO (arXiv 
     x_init -> e = embed(x_init) + noise -> z = G(e, c) -> image = decode(softmax(z / tau)) -> R(image, prompt)
               e <- e + lr dR/de, and the best image seen so far is kept, the one before the first step included
 
-Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start). Added:
-a limit on each image's gradient, and starting from the best of several draws (--starts). The control is best-of-N: fresh
-x_init, the best by the same score, at equal passes (a backward counts as two). The score is the reward of the image that
-is handed out, so what is kept is what was scored. The held-out reward and the checker are reported, never looked at.
-This script imports reward.py, for the rewards only: it trains nothing.
+Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start).
+Added: a limit on each image's gradient, and starting from the best of several (--starts). The control is best-of-N:
+fresh x_init, the best by the same score, at equal passes (a backward counts as two). The score is the reward of the
+image that is handed out, so what is kept is what was scored. The held-out reward and the checker are reported, never
+looked at. This script imports reward.py, for the rewards only: it trains nothing.
 
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
@@ -60,8 +60,8 @@ bert_path = 'bert-base-uncased'
 # -----------------------------------------------------------------------------
 
 def passes_of(iterations, output, starts=1):
-    """Network-plus-decoder passes of a run: one per fresh start, a forward for every iterate, a backward (two) for every
-    step; where tokens are handed out, their decoding counts as one more for every iterate."""
+    """Network-plus-decoder passes of a run: one per fresh start, a forward per iterate, a backward (two) per step;
+    where tokens are handed out, their decoding counts as one more per iterate."""
     return (starts if starts > 1 else 0) + 3 * iterations + 1 + (output == 'tokens') * (iterations + 1)
 
 
@@ -184,7 +184,7 @@ if __name__ == '__main__':
         return rows, torch.cat(first), torch.cat(last), spent * 1000 / n
 
     def draw_number(j, part):
-        """Fresh start j of these images -> (embedding, image handed out, score, generators); 0 is what sample.py draws."""
+        """Start j of these images -> (embedding, image handed out, score, generators); 0 is what sample.py draws."""
         index = range(part.start, min(part.stop, n))
         rngs = [rng_for(seed, k, ('draw', j)) for k in index] if j else image_rngs(seed, index)
         with torch.no_grad():
