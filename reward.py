@@ -61,7 +61,7 @@ reward_batch = 128     # images per update, half of them decoded from mixed toke
 reward_lr = 2e-3       # AdamW, 50 steps of warm-up, falls to zero along a cosine
 n_wrong = 6            # wrong captions per image: one fact changed
 # training
-steps = 600            # generator updates
+steps = 400            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 1e-4    # Adam; paper 1e-5 on everything

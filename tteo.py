@@ -5,11 +5,11 @@ embedding* uphill on the reward; no weight changes. The template is ReNO (arXiv 
     x_init -> e = embed(x_init) + noise -> z = G(e, c) -> image = decode(softmax(z / tau)) -> R(image, prompt)
               e <- e + lr dR/de, and the best image seen so far is kept, the one before the first step included
 
-Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start). The
-control is best-of-N: fresh x_init, the best by the same score, at equal passes (a backward counts as two). Added:
-starting from the best of `starts` draws, a limit on each image's gradient. The score is
-the reward of the image that would be handed out, so what is kept is what was scored. The held-out reward and the
-checker are reported, never looked at.
+Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start).
+Added: a limit on each image's gradient, and starting from the best of several (--starts). The control is best-of-N:
+fresh x_init, the best by the same score, at equal passes (a backward counts as two). The score is the reward of the
+image that is handed out, so what is kept is what was scored. The held-out reward and the checker are reported, never
+looked at.
 
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
