@@ -55,7 +55,7 @@ disc_lr = 3e-3         # Adam on the heads' convolutions and biases; must learn 
 disc_muon = 0.02       # Muon on the heads' matrices; 0 = Adam on everything
 disc_warmup = 200      # steps of the discriminator alone before the first update, a third of the cost of an update
 disc_width = 256       # width of a head, at most the teacher's
-spectral = False       # spectral norm on the heads' linear layers
+spectral = False       # spectral norm on the heads' linear layers (one power iteration per micro-batch)
 # Di[M]O
 steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
