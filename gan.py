@@ -60,15 +60,15 @@ spectral = False       # spectral norm on the heads' linear layers (one power it
 steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
-generator_lr = 2e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
+generator_lr = 1e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
 aux_lr = 1e-3          # Adam; the auxiliary model must follow the generator
-generator_muon = 0.002  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
+generator_muon = 0.001  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
 aux_muon = 0.01        # the same for the auxiliary model
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 weight_decay = 0.0     # paper .01 in the long MaskBit run
 warmup = 50            # steps of linear warm-up; paper 100
-cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
+cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network; paper 1
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
@@ -76,7 +76,7 @@ tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.5           # further share of re-maskings at t = 1; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
-ema_decay = 0.99       # averaged generator, which is what gets sampled; paper .9999
+ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 # the teacher in the final table
 teacher_steps = 16     # steps of the teacher
