@@ -3,14 +3,14 @@ Stage 2a, Soft-Di[M]O (arXiv 2509.22925): refine the one-step generator with a G
 
 The generator's logits enter the frozen teacher as soft embeddings, so a discriminator of light heads on the teacher's
 features sends gradients back to the generator; the Di[M]O surrogate stays on as the regulariser. This is the first
-stage that sees data. Left out against the paper's description: nothing known (no code was released). Against other
-GANs on frozen features: no R1 penalty, no augmentation, no batch statistics. One generator pass serves all updates;
-one pass of the teacher over real and fake serves both players.
+stage that sees data. There is no official code to compare with; left out against other GANs on frozen features: R1
+penalty, augmentation, batch statistics. One generator pass serves all updates; one pass of the teacher over real and
+fake serves both players. Our choice: Muon on the heads' matrices, which learn the game first, alone.
 
 $ python gan.py                                         # after distill.py; about 8 minutes on 2 CPU cores
 $ python gan.py --steps=20 --n_eval=200                 # smoke test
 $ python gan.py --relax=st                              # hard samples forward, soft gradients backward
-$ torchrun --nproc_per_node=8 gan.py --batch_size=1024 --generator_muon=0 --aux_muon=0 --generator_lr=1e-6
+$ torchrun --nproc_per_node=8 gan.py --batch_size=1024 # published teachers: see README.md
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
 """
 import math

@@ -5,8 +5,8 @@ Tokens: the masked diffusion transformer, and every equation that the stages sha
 
 In order: the transformer with its soft-embedding input, and loaders of published weights; masking, token
 initialisation, guidance; the multi-step teacher sampler and the one-step generator; the Di[M]O divergence; the
-metrics; and, run as a script, the training of the small teacher. Simplified against MaskGIT: no dropout, exact mask
-counts, loss on masked tokens only.
+metrics; rewards; and, run as a script, the training of the small teacher. Simplified against MaskGIT: no dropout,
+exact mask counts, loss on masked tokens only.
 
 $ python model.py                               # shapes world, about 5 minutes on 2 CPU cores -> out/model.pt
 $ python model.py --data=my_images              # your folder, with the tokenizer trained on it
