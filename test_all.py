@@ -659,6 +659,18 @@ def test_bias_of_soft_embeddings_obeys_its_bound():
     bias, bound, _ = M.relaxation_bias(block, soft, model.tok_emb.weight[:12], rng)
     assert (0 < bias).all() and (bias <= bound).all()
 
+def test_muon_equals_torchs():
+    torch.manual_seed(0)
+    for shape in ((6, 4), (4, 4), (4, 9)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        optimizers = M.Muon([ours], 0.1, 0.01), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01)
+        for _ in range(3):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert (ours - 1).norm() > 0.1 and (ours - theirs).norm() < 0.02 * (theirs - 1).norm()   # theirs is bfloat16
+
 def test_ema_is_the_weighted_mean_and_starts_fast():
     for step, decay in ((10 ** 6, 0.9), (0, 0.1)):
         a, b = small_model(), small_model()
