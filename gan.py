@@ -146,6 +146,18 @@ def gan_loss(fake_logits, hinge):
     return -fake_logits.mean() if hinge else F.softplus(-fake_logits).mean()
 
 
+def advice(row, first):
+    """What the health numbers of a log line, beside those of the first line, ask for: a set of sentences."""
+    asked = set()
+    if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
+        asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
+                  'raise --r_max, or lower --w_gan if it oscillates')
+    if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
+        asked.add('the entropy has halved: compare the toy FD lines; if it does not fall, the generator only sharpens '
+                  'its logits: lower --w_gan, raise --r_max or try --relax=st')
+    return asked
+
+
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
@@ -374,14 +386,9 @@ if __name__ == '__main__':
             bar.set_postfix({k: row[k] for k in ('divergence', 'acc_real', 'acc_fake', 'entropy') if k in row},
                             refresh=False)
             first = first or row
-            if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8 and 'wins' not in warned:
-                warned.add('wins')
-                bar.write(f'step {step}: the discriminator is right in more than 90 % of the cases, so its gradient '
-                          'fades; lower --disc_lr, raise --r_max, or lower --w_gan if it oscillates')
-            if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap'] and 'sharp' not in warned:
-                warned.add('sharp')
-                bar.write(f'step {step}: the entropy has halved: compare the toy FD lines; if it does not fall, the '
-                          'generator only sharpens its logits: lower --w_gan, raise --r_max or try --relax=st')
+            for text in advice(row, first) - warned:
+                bar.write(f'step {step}: {text}')
+                warned.add(text)
     bar.close()
 
     # The table

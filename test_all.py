@@ -745,6 +745,17 @@ def test_gan_ends_with_its_table_log_and_pictures():
     moved = {key for key in after['net'] if not torch.equal(after['net'][key], before['ema'][key])}
     assert moved == set(after['net']) - {'tok_emb.weight', 'cond_emb.weight'}
 
+def test_gan_warns_once_of_a_saturated_discriminator_and_of_mere_sharpening():
+    first = dict(acc_real=0.6, acc_fake=0.6, entropy=0.2, gap=1.0)
+    assert gan.advice(first, first) == set() == gan.advice(dict(entropy=0.09, gap=0.9), first)
+    (wins,), (sharp,) = (gan.advice({**first, **row}, first) for row in (dict(acc_real=0.95, acc_fake=0.95),
+                                                                         dict(entropy=0.09, gap=0.4)))
+    assert '--disc_lr' in wins and '--relax=st' in sharp
+    with tempfile.TemporaryDirectory() as root:
+        text = must_run('gan.py', f'--out_dir={ready_for("gan.py", f"{root}/out")}', '--steps=3', '--log_every=1',
+                        '--disc_warmup=40', '--disc_muon=0', '--disc_lr=0.02', '--spectral=false', '--r_max=0')
+        assert text.count(wins) == 1
+
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
     text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
     rows = re.findall(r'(?:decoder|first block) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)', text)
