@@ -42,7 +42,7 @@ save_every = 200       # steps between checkpoints, sample grids and toy FD of 5
 n_eval = 2000          # images behind each row of the final table
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # Di[M]O
-steps = 1600           # generator updates
+steps = 3000           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 3e-4    # Adam; paper 1e-5 on everything (174 M parameters)
