@@ -525,7 +525,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
     """Muon for the matrices of trunk or heads, AdamW for the rest -> list of optimizers; muon_lr = 0 gives everything
-    to AdamW, as the papers do. Each keeps its peak rate in group['peak'] for `set_rate`."""
+    to AdamW, as the papers do. Each keeps its peak rate in optimizer.peak for `set_rate`."""
     trunk = [p for name, p in network.named_parameters()
              if muon_lr and p.requires_grad and p.dim() == 2 and name.startswith(('blocks', 'first', 'last', 'heads'))]
     rest = [p for p in network.parameters() if p.requires_grad and all(p is not q for q in trunk)]
@@ -533,13 +533,13 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
                              fused=rest[0].is_cuda)
     optimizers = [adam] + ([Muon(trunk, muon_lr, weight_decay)] if trunk else [])
     for optimizer in optimizers:
-        optimizer.param_groups[0]['peak'] = optimizer.param_groups[0]['lr']
+        optimizer.peak = optimizer.param_groups[0]['lr']                     # not saved: a resumed run takes the flag's
     return optimizers
 
 
 def set_rate(optimizers, factor):
     for optimizer in optimizers:
-        optimizer.param_groups[0]['lr'] = optimizer.param_groups[0]['peak'] * factor
+        optimizer.param_groups[0]['lr'] = optimizer.peak * factor
 
 
 def ema_update(average, network, decay, step):
