@@ -55,7 +55,7 @@ n_metrics = 2000       # images behind each number
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
 inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
-sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3, 4 x Gumbel temperature 0.5, 1, 2, 4
+sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3 x Gumbel temperature 1, 2, 4, 8
 # -----------------------------------------------------------------------------
 
 def choose_captions(prompt, label, n, words, prompts):
@@ -248,7 +248,7 @@ if __name__ == '__main__':
         captions, real = reference.prompts(n_metrics)
         settings = [(cfg_scale, gumbel)]
         if sweep:
-            settings = [(s, g) for s in (1.0, 1.5, 2.0, 3.0, 4.0) for g in (0.5, 1.0, 2.0, 4.0)]
+            settings = [(s, g) for s in (1.0, 1.5, 2.0, 3.0) for g in (1.0, 2.0, 4.0, 8.0)]
         entries = [dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions))]
         for s, g in settings:
             images, ms = render(sampler(s, g), tokenizer, conditions(captions), seed, batch)
