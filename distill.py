@@ -77,7 +77,7 @@ bench = False          # time 20 steps and stop
 
 def train_missing(data, out_dir, seed):
     """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
-    for script, minutes in (('tokenizer', 2), ('model', 6)):
+    for script, minutes in (('tokenizer', 2), ('model', 4)):
         path = os.path.join(out_dir, f'{script}.pt')
         state = load_checkpoint(path, script, fallback=True) if os.path.exists(path) else None
         if state is None or state['step'] < state['config']['steps']:

@@ -76,7 +76,7 @@ tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.5           # further share of re-maskings at t = 1; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
-ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
+ema_decay = 0.995      # averaged generator, which is what gets sampled (below .985 for 600 steps); paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 # the teacher in the final table
 teacher_steps = 16     # steps of the teacher

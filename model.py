@@ -8,7 +8,7 @@ initialisation, guidance; the multi-step teacher sampler and the one-step genera
 metrics; rewards; and, run as a script, the training of the small teacher. Simplified against MaskGIT: no dropout,
 exact mask counts, loss on masked tokens only.
 
-$ python model.py                               # shapes world, about 5 minutes on 2 CPU cores -> out/model.pt
+$ python model.py                               # shapes world, about 4 minutes on 2 CPU cores -> out/model.pt
 $ python model.py --data=my_images              # your folder, with the tokenizer trained on it
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
