@@ -753,7 +753,8 @@ def test_gan_warns_once_of_a_saturated_discriminator_and_of_mere_sharpening():
     assert '--disc_lr' in wins and '--relax=st' in sharp
     with tempfile.TemporaryDirectory() as root:
         text = must_run('gan.py', f'--out_dir={ready_for("gan.py", f"{root}/out")}', '--steps=3', '--log_every=1',
-                        '--disc_warmup=40', '--disc_muon=0', '--disc_lr=0.02', '--spectral=false', '--r_max=0')
+                        '--batch_size=32', '--disc_warmup=150', '--disc_muon=0', '--disc_lr=0.01', '--spectral=false',
+                        '--r_max=0')
         assert text.count(wins) == 1
 
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
