@@ -65,7 +65,7 @@ label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 reuse = True           # one generator pass for both updates; False: the released order, a fresh pass for the auxiliary
-# the teacher in the final table: the best of a sweep (sample.py --sweep)
+# the teacher in the final table (sample.py --sweep finds its best; README.md has a sweep)
 teacher_steps = 16     # most steps of the table; it also shows 1 and 4
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
