@@ -23,9 +23,10 @@ import torch.nn as nn
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, configure, dimo_grad,
                    ema_update, final_table, guided_logits, jeffreys, load_checkpoint, load_teacher, make_optimizers,
-                   one_step, progress, remask, render, report_bench, restore, rng_for, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, token_entropy,
-                   word_ids)
+                   one_step, progress, remask, render, report_bench, restore, rng_for, same_weights,
+                   sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
+                   token_entropy, word_ids)
+from tokenizer import previous
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -34,6 +35,7 @@ out_dir = 'out'        # tokenizer.pt and model.pt are found (or made) here; dis
 teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
+teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = 16
 teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/distill.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -79,15 +81,25 @@ def train_missing(data, out_dir, seed):
     """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
     for script, minutes in (('tokenizer', 2), ('model', 4)):
         path = os.path.join(out_dir, f'{script}.pt')
-        state = load_checkpoint(path, script, fallback=True) if os.path.exists(path) else None
-        if state is None or state['step'] < state['config']['steps']:
+        def saved():
+            there = os.path.exists(path) or os.path.exists(previous(path))
+            state = load_checkpoint(path, script, fallback=True) if there else None
+            return state, state is not None and state['step'] >= state['config']['steps']
+        state, done = saved()
+        if not done:
             print(f'{path} is {"unfinished" if state else "missing"}: running {script}.py first, expected '
                   f'{minutes} minutes on 2 CPU cores', flush=True)
+            settings = {**state['config'], 'resume': True} if state else {'data': data, 'seed': seed}
             command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py'),
-                       f'--data={data}', f'--out_dir={out_dir}', f'--seed={seed}'] + ['--resume'] * bool(state)
+                       *(f'--{k}={v}' for k, v in {**settings, 'out_dir': out_dir}.items())]
             single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-            if subprocess.run(command, env=single).returncode or not os.path.exists(path):
-                raise SystemExit(f'{script}.py did not finish (see above); run it by hand, then distill.py again')
+            child = subprocess.Popen(command, env=single)
+            try:
+                child.wait()
+            except KeyboardInterrupt:                                         # the child got it too, and saves
+                child.wait()
+            if not saved()[1]:
+                raise SystemExit(f'{script}.py did not finish (see above); the same command continues it')
 
 
 # -----------------------------------------------------------------------------
@@ -96,8 +108,6 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
-    if n_eval < 4:
-        raise SystemExit(f'distill.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
     out = os.path.join(out_dir, 'distill.pt')
     ours = teacher == 'ours'
     if rank == 0 and ours and not teacher_ckpt:
@@ -105,8 +115,8 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
-    packed = load_teacher(teacher, teacher_path, tokenizer_path, data)
-    if ours and not teacher_ckpt and packed['data'] != data:
+    packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
+    if ours and not teacher_ckpt and os.path.normpath(packed['data']) != os.path.normpath(data):
         raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
                          f'of its own: --data={data} --out_dir=out/{os.path.basename(data.rstrip("/"))}')
     tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
@@ -139,10 +149,11 @@ if __name__ == '__main__':
             network.compile()
 
     # The printed plan
+    teacher_steps = min(teacher_steps, teacher.N)
     log = Log(out, step) if rank == 0 and not bench else None
     reference = None                                                          # published teachers may have no data
     if packed['data']:
-        reference = Reference(Images(packed['data'], tokenizer.config['image_size']), n_reference)
+        reference = Reference(Images(packed['data'], tokenizer.config['image_size'], expected=words), n_reference)
     shown = reference.prompts(32)[0] if reference else [words[int(k)] for k in torch.linspace(0, len(words) - 1, 32)]
     if rank == 0:
         print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
@@ -157,7 +168,7 @@ if __name__ == '__main__':
     def update():
         """One Di[M]O step: generator and auxiliary update -> the numbers for the log."""
         falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
         generator.zero_grad()
         aux.zero_grad()
         # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits

@@ -25,8 +25,8 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, avera
                    dimo_grad, ema_update, final_table, frechet_distance, guided_logits, image_rngs, jeffreys,
                    load_checkpoint, load_teacher, make_optimizers, one_step, progress, random_numbers,
                    random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore, rng_for,
-                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
-                   surrogate, token_data, token_entropy, toy_features, word_ids)
+                   same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch,
+                   start_processes, surrogate, token_data, token_entropy, toy_features, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -37,6 +37,7 @@ out_dir = 'out'        # model.pt is found here; gan.pt, log and pictures go her
 teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
+teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = 16
 teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -164,25 +165,26 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
-    if n_eval < 4:
-        raise SystemExit(f'gan.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
-    if relax not in ('soft', 'gumbel', 'st') or not 0 <= r_max <= 1:
-        raise SystemExit('gan.py: expected --relax=soft, gumbel or st, and 0 <= --r_max <= 1')
     if not w_gan and not w_dimo:
         raise SystemExit('gan.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
     out, init = os.path.join(out_dir, 'gan.pt'), init or os.path.join(out_dir, 'distill.pt')
-    start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-    ours, data = teacher == 'ours', data or start['data']
-    if not data:
-        raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER (sub-folders are classes)')
+    ours, untrained = teacher == 'ours', bench and teacher_path == 'random'   # untrained: time a published size
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
-    packed = load_teacher(teacher, teacher_path, tokenizer_path, data)
+    if untrained:
+        packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
+        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1))
+    else:
+        start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
+        data = data or start['data']
+        if not data:
+            raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER of class folders')
+        packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
+        same_tokens(packed, start, teacher_path, init)
     for key in ('r_init', 'sigma_init'):                      # what the generator was made for
         config[key] = start['config'][key]
     r_init, sigma_init = config['r_init'], config['sigma_init']
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer'], tokenizer_path).to(device)
-    source = Images(data, tokenizer.config['image_size'], packed['config'].get('n_images', 0))
-    words, T = start['words'], start['args']['T']
+    words, T = packed['words'], start['args']['T']
 
     # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), discriminator
     teacher, generator, generator_ema, aux = (MDM(**start['args']).to(device) for _ in range(4))
@@ -223,7 +225,7 @@ if __name__ == '__main__':
     optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
                   make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2)),
                   make_optimizers(disc, disc_muon, disc_lr, (0.9, 0.99))]
-    step, stop, smooth = 0, Stop(), {}
+    step, smooth = 0, {}
     if resume:
         state = load_checkpoint(out, 'gan', 'Start without --resume.', fallback=True)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
@@ -238,10 +240,15 @@ if __name__ == '__main__':
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None
-    flips |= packed['config'].get('flips', False)                             # as our teacher was trained
-    dataset = token_data(source, tokenizer, out_dir, device, flips=flips)     # (M, N + T): real tokens, captions
-    reference = Reference(source, n_reference)
-    shown, _ = reference.prompts(32)
+    if untrained:
+        dataset = torch.randint(min(teacher.V, len(words)), (64, teacher.N + T), generator=rng_for(seed, 0)).numpy()
+    else:
+        source = Images(data, tokenizer.config['image_size'], packed['config'].get('n_images', 0), words)
+        flips |= packed['config'].get('flips', False)                         # as our teacher was trained
+        dataset = token_data(source, tokenizer, out_dir, device, flips=flips)  # (M, N + T): real tokens, captions
+        reference = Reference(source, n_reference)
+        shown, _ = reference.prompts(32)
+    teacher_steps = min(teacher_steps, teacher.N)
     if rank == 0:
         print(f'generator {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '
               f'{layers} {sum(p.numel() for p in disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images, {steps} '
@@ -283,7 +290,7 @@ if __name__ == '__main__':
     def update():
         """One step of generator, auxiliary model and discriminator -> the numbers for the log, logits."""
         falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
         for network in (generator, aux, disc):
             network.zero_grad()
         numbers = {}
@@ -336,9 +343,11 @@ if __name__ == '__main__':
 
     teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
     # The discriminator alone learns the game first
-    alone = disc_warmup if step == 0 and w_gan else 0
+    alone, stop = disc_warmup if step == 0 and w_gan else 0, Stop()
     bar = progress(alone, 'discriminator')
     for k in range(alone):
+        if stop.now(k, device):
+            break
         disc.zero_grad()
         for part in range(accumulate):
             rng = rng_for(seed, -1 - k, rank * accumulate + part, device)
@@ -380,6 +389,8 @@ if __name__ == '__main__':
                                      'The last checkpoint is good: --resume continues from it.')
         if step % log_every == 0 and rank == 0:
             entropy, top = token_entropy(logits)
+            if w_dimo and w_gan:
+                numbers['ratio'] = smooth['grad_gan'] / smooth['grad_dimo']
             row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top,
                                                       'gap': relaxation_gap()}.items()}
             log.write(dict(step=step, **row))

@@ -27,10 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (HELD_OUT, TASKS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check, configure,
-                       factors, fill, load_checkpoint, parse_caption, progress, read_published, report_bench, restore,
-                       rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch, start_processes,
-                       timed, token_data, word_ids, writing)
+from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check,
+                       configure, factors, fill, load_checkpoint, parse_caption, progress, read_published,
+                       report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch,
+                       start_processes, timed, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -54,6 +54,7 @@ lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along 
 muon_lr = 0.02         # Muon on the matrices of the trunk: a third of AdamW's steps here; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
 schedule = 'arccos'    # law of the mask ratio: arccos or cosine
+p_full = 0.15          # further share of images masked wholly: the one-step student learns its modes there; MaskGIT 0
 p_drop = 0.1           # share of captions replaced by the null condition, for guidance
 ema_decay = 0.995      # averaged weights, which are the teacher
 # system
@@ -134,7 +135,7 @@ class MDM(nn.Module):
             if x.shape[1:] != (self.N, self.V):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
             with torch.autocast(x.device.type, enabled=False):               # exact for a one-hot in bf16 runs too
-                emb = x @ table[:self.V].to(x.dtype)                         # (B, N, bits or D)
+                emb = x.to(table.dtype) @ table[:self.V]                     # (B, N, bits or D)
         else:
             emb = F.embedding(x, table)                                      # (B, N, bits or D)
         if mask is not None:
@@ -224,10 +225,10 @@ class MDM(nn.Module):
         return fill(model, w, lambda key: published_name(key, kind), name)
 
 
-def load_teacher(kind, path, tokenizer_path='', data=''):
+def load_teacher(kind, path, tokenizer_path='', data='', n_head=0):
     """A teacher as the dict that model.pt holds (args, ema, words, data, prompts, tokenizer): kind 'ours' reads that
-    file; maskgit and maskbit read published weights, whose words are the class numbers, or the names of the class
-    folders if `data` is a folder (sorted, the published order). Exits with one line."""
+    file; maskgit and maskbit read published weights (n_head heads, 0: 16), whose words are the class numbers, or the
+    names of the class folders if `data` is a folder (sorted, the published order). Exits with one line."""
     if kind == 'ours':
         return load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
     tokenizer_path = tokenizer_path or ('random' if path == 'random' else '')
@@ -235,14 +236,17 @@ def load_teacher(kind, path, tokenizer_path='', data=''):
         raise SystemExit(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where '
                          'to get them, and --teacher_path=random takes random weights of the published size')
     try:
-        net = MDM.from_pretrained(kind, path)
-        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L))
+        net = MDM.from_pretrained(kind, path, n_head)
+        S = net.config['S'] if kind == 'maskbit' else 0
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), S)
+        if kind == 'maskgit' and net.n_words != 1000:                        # V was a guess: classes share its table
+            net = MDM.from_pretrained(kind, path, n_head, tokenizer.V)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     if (net.N, net.V) != (tokenizer.N, tokenizer.V):
         raise SystemExit(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of '
                          f'{tokenizer.V}: they are not of one release')
-    data = '' if data.startswith('shapes') else data
+    data = '' if data in WORLDS else data
     words = Images(data, tokenizer.config['image_size']).words if data else [str(k) for k in range(net.n_words)]
     if len(words) != net.n_words:
         raise SystemExit(f'--data={data} has {len(words)} class folders, {path} knows {net.n_words} classes')
@@ -254,6 +258,15 @@ PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=
                              eps=1e-5),
              'maskbit': dict(N=512, V=128, D=1024, depth=24, n_head=16, n_words=1000, mlp=4096, post_norm=True,
                              eps=1e-12, bits=7, S=2)}
+
+
+def same_tokens(teacher, generator, teacher_path, path):
+    """Exit unless both checkpoints speak of the same tokens: one tokenizer."""
+    a, b = teacher['tokenizer'], generator['tokenizer']
+    same = a.get('kind') == b.get('kind') and a.get('args') == b.get('args')
+    if not same or any(not torch.equal(v, b['net'][k]) for k, v in a.get('net', {}).items()):
+        raise SystemExit(f'{teacher_path} and {path} have different tokenizers, so their tokens do not mean the same; '
+                         'give the teacher of that generator with --teacher_ckpt=...')
 
 
 def published_name(key, kind):
@@ -438,7 +451,7 @@ def relaxed(logits, relax='soft', tau=1.0, rng=None):
     if relax not in ('gumbel', 'st'):
         raise ValueError(f'unknown relaxation {relax!r}; expected soft, gumbel or st')
     ids = probs.argmax(-1) if relax == 'gumbel' else categorical(probs.detach(), rng)
-    return F.one_hot(ids, z.shape[-1]).to(probs.dtype) + probs - probs.detach()
+    return F.one_hot(ids, z.shape[-1]) + (probs - probs.detach())            # the forward value is exactly one-hot
 
 
 @torch.no_grad()
@@ -600,8 +613,12 @@ class Reference:
             order = np.random.RandomState(0).permutation(source.length)
             index, self.rest = order[::2][:n], order[1::2] if source.length > 1 else order
             self.name = f'{len(index)} images of {source.data}'
-        images, self.captions = source.batch(index)
-        self.features = toy_features(images)
+        features, self.captions = [], []
+        for part in np.array_split(index, -(-len(index) // 500)):            # 5,000 ImageNet images would be 4 GB
+            images, captions = source.batch(part)
+            features.append(toy_features(images))
+            self.captions += captions
+        self.features = torch.cat(features)
 
     def prompts(self, n):
         """n captions with their real images (n, 3, H, W), none of them in the reference."""
@@ -634,8 +651,8 @@ def show_table(entries):
     for e in entries:
         print(f'{e["name"]:26s}{e["passes"]:6d}{e["ms"]:10.2f}{e["toy_fd"]:8.2f}{e["precision"]:11.3f}'
               f'{e["recall"]:8.3f}{e["accuracy"]:10.3f}' + ''.join(f'{e["tv"][x]:15.3f}' for x in factor))
-    print(f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against {entries[0]["reference"]}; '
-          'TV: total-variation distance of what the captions leave open from its known law')
+    print(f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against {entries[0]["reference"]}'
+          + '; TV: total-variation distance of what the captions leave open from its known law' * bool(factor))
 
 
 def image_rngs(seed, index):
@@ -674,7 +691,8 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
     save_grid(f'{path}.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
     with writing(f'{path}.json'), open(f'{path}.json', 'w') as file:
         json.dump(dict(config=config, rows=entries), file, indent=1)
-    print(f'table: {path}.json, picture: {path}.png, samples: python sample.py --ckpt {path}.pt')
+    print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, samples: python sample.py '
+          f'--ckpt {path}.pt')
     return entries
 
 
@@ -906,7 +924,10 @@ if __name__ == '__main__':
     N, words, T = tokenizer.N, list(images.words), images.caption_length
 
     torch.manual_seed(seed)
-    net = MDM(N, tokenizer.V, D, depth, n_head, len(words), T).to(device)
+    try:
+        net = MDM(N, tokenizer.V, D, depth, n_head, len(words), T).to(device)
+    except ValueError as error:
+        raise SystemExit(f'model.py: {error}') from None
     same_weights(net)
     average = MDM(**net.config).to(device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
@@ -936,9 +957,9 @@ if __name__ == '__main__':
             rows = torch.from_numpy(dataset[index.cpu().numpy()])
             tokens, cond = rows.long().to(device).split([N, T], 1)
             cond = torch.where(random_numbers((micro, 1), rng, device) < p_drop, net.null(cond), cond)
-            mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
+            x, mask = remask(tokens, net.mask_id, schedule, rng, p_full)
             with autocast:
-                logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
+                logits = forward(x, cond)
             loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only, as MaskGIT
             loss.backward()
         average_gradients(net.parameters(), accumulate * world)
@@ -959,9 +980,9 @@ if __name__ == '__main__':
             save_checkpoint(out, dict(
                 stage='model', step=step, config=config, args=net.config, words=words, data=data, smooth=smooth,
                 net=net.state_dict(), ema=average.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                tokenizer=tokenizer.pack(), prompts=torch.from_numpy(dataset[:, N:]).short()))
+                tokenizer=tokenizer.pack(), prompts=torch.from_numpy(np.array(dataset[:, N:])).short()))
         if rank == 0 and (step % save_every == 0 or ending):
-            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), rng=rng)
+            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), gumbel=4.0, rng=rng)
             shown, _ = render(sample, tokenizer, word_ids(prompts, words, T), seed)
             save_grid(f'{out_dir}/model.png', shown, prompts)
         if ending:

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, aux_loss, average_gradients,
                    categorical, configure, dimo_grad, ema_update, final_table, guided_logits, init_tokens, jeffreys,
                    load_checkpoint, load_rewards, make_optimizers, one_step, progress, relaxed, remask, render,
-                   report_bench, restore, reward_sum, rng_for, same_weights, sample_teacher, save_checkpoint, save_grid,
-                   set_rate, split_batch, start_processes, surrogate, token_entropy, word_ids, world_reward)
+                   report_bench, restore, reward_sum, rng_for, same_tokens, same_weights, sample_teacher,
+                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, token_entropy,
+                   word_ids, world_reward)
 from tokenizer import TASKS, wrong_caption
 
 # -----------------------------------------------------------------------------
@@ -204,19 +205,20 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
-    if n_eval < 4:
-        raise SystemExit(f'reward.py: --n_eval={n_eval} is too few for precision and recall at k = 3; give at least 4')
     out, world_file = os.path.join(out_dir, 'reward.pt'), os.path.join(out_dir, 'rewards.pt')
     teacher_path, init_path = teacher_ckpt or f'{out_dir}/model.pt', init or f'{out_dir}/distill.pt'
     packed = load_checkpoint(teacher_path, 'model', 'Train it with: python model.py', fallback=True)
     start = load_checkpoint(init_path, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if not start['data']:
+        raise SystemExit(f'{init_path}: was made without data; reward.py is for the shapes world and image folders')
+    same_tokens(packed, start, teacher_path, init_path)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
     r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, freeze_tables = (
         start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'beta', 'cfg_scale', 'schedule', 'p_full',
                                          'freeze_tables'))
     config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
-    source = Images(start['data'], tokenizer.config['image_size'])
+    source = Images(start['data'], tokenizer.config['image_size'], expected=words)
 
     # Rewards: the optimised ones and the held-out one
     if rank == 0 and not os.path.exists(world_file):
@@ -261,6 +263,7 @@ if __name__ == '__main__':
             network.compile()
 
     # The printed plan
+    teacher_steps = min(teacher_steps, teacher.N)
     log = Log(out, step) if rank == 0 and not bench else None
     shown, _ = reference.prompts(32)
     if rank == 0:
@@ -272,7 +275,7 @@ if __name__ == '__main__':
     def update():
         """One step: reward and Di[M]O gradients at the logits, auxiliary update -> the numbers for the log."""
         falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / warmup, falling))
+        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
         generator.zero_grad()
         aux.zero_grad()
         numbers = {}

@@ -6,7 +6,7 @@ Image k depends on --seed and k only, so it is the same image whatever the batch
 
 $ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
-$ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 2 --n 64 --png_dir out/png
+$ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 4 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
 $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207 --steps=8
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
@@ -17,6 +17,7 @@ Expected: a grid of 32 images within seconds on 2 CPU cores.
 import hashlib
 import json
 import os
+import zipfile
 
 import numpy as np
 import torch
@@ -24,14 +25,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from model import (MDM, Images, Reference, Tokenizer, configure, frechet_distance, image_rngs,
-                   load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
-                   sample_teacher, save_grid, show_table, start_processes, word_ids, writing)
+from model import (MDM, Images, Reference, Tokenizer, configure, frechet_distance, image_rngs, load_checkpoint,
+                   load_teacher, one_step, precision_recall, progress, render, restore, rng_for, sample_teacher,
+                   save_grid, show_table, start_processes, word_ids, writing)
+from tokenizer import WORLDS
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
 teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
 teacher_path = ''      # file of a published teacher
+teacher_heads = 0      # its attention heads, which the file does not tell; 0 = 16
 tokenizer_path = ''    # file of its tokenizer; also where that of a checkpoint is now, if it moved
 student = False        # the published weights are a one-step generator: Di[M]O's student
 prompt = ''            # one caption for all images; '' takes captions of the training data
@@ -40,10 +43,10 @@ n = 32                 # images
 seed = 0               # image k follows from (seed, k)
 steps = 0              # passes of a teacher, 0 = 16; a generator takes one
 cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
-gumbel = 2.0           # Gumbel temperature of the teacher's confidence, falling to 0
+gumbel = 4.0           # Gumbel temperature of the teacher's confidence, falling to 0
 law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
 power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
-tau = 1.0              # softmax temperature, below 1 is more typical, above 1 more varied
+tau = 1.0              # softmax temperature times the run's own: below 1 is more typical, above 1 more varied
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
 batch = 250            # images per forward pass; lower it when memory runs out
@@ -178,18 +181,24 @@ if __name__ == '__main__':
     rank, world, device, autocast = start_processes()
     if world > 1 and not (metrics and inception):
         raise SystemExit('sample.py: runs as one process, except for --metrics --inception=...; start it with python')
-    if weights not in ('ema', 'net') or n < 1 or n_metrics < 4 or tau <= 0 or not 0 <= top_p <= 1:
-        raise SystemExit('sample.py: expected --weights=ema or net, --n >= 1, --n_metrics >= 4, --tau > 0 and '
-                         '0 <= --top_p <= 1')
+    if n < 1:
+        raise SystemExit(f'sample.py: --n={n} images; give at least 1')
     if teacher == 'ours':
         state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     else:
-        state, ckpt = load_teacher(teacher, teacher_path, tokenizer_path, data), f'out/{teacher}.pt'
+        state = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
+        ckpt = f'out/{teacher}.pt'
     model = MDM(**state['args']).to(device).eval().requires_grad_(False)
+    if weights not in state:
+        raise SystemExit(f'sample.py: {teacher} has one set of weights; leave --weights=ema')
     restore(model, state[weights], ckpt, weights)
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
     words, length, is_teacher = state['words'], state['args']['T'], state['stage'] == 'model' and not student
-    made = {'r_init': 0.6, 'sigma_init': 0.1, **state['config']}    # the paper's, or the run's
+    made = {'r_init': 0.6, 'sigma_init': 0.1, 'tau': 1.0, **state['config']}  # the paper's, or the run's
+    tau *= made['tau']
+    if data not in ('', *WORLDS) and words == [str(k) for k in range(len(words))]:  # call classes as the data do
+        named = list(Images(data, tokenizer.config['image_size']).words)
+        words = named if len(named) == len(words) else words
     if not is_teacher and (steps > 1 or sweep):
         raise SystemExit(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     steps = (steps or min(16, model.N)) if is_teacher else 1
@@ -222,7 +231,7 @@ if __name__ == '__main__':
         try:
             reference = np.load(ref)
             reference['mu'], reference['sigma']
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
             raise SystemExit(f'sample.py: --ref={ref}: {type(error).__name__}; expected an npz with mu and sigma, as '
                              'the ADM suite publishes (see README.md)') from None
         labels = balanced_labels(n_metrics, state['args']['n_words'], seed)
@@ -243,7 +252,7 @@ if __name__ == '__main__':
     if metrics or sweep:
         if not (data or state['data']):
             raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception and --ref')
-        source = Images(data or state['data'], tokenizer.config['image_size'])
+        source = Images(data or state['data'], tokenizer.config['image_size'], expected=words)
         reference = Reference(source)
         captions, real = reference.prompts(n_metrics)
         settings = [(cfg_scale, gumbel)]

@@ -26,7 +26,6 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
 from unittest import SkipTest, mock
 
 import numpy as np
@@ -145,8 +144,8 @@ def small_tokenizer():
 # -----------------------------------------------------------------------------
 # Overrides
 
-def settings():
-    return dict(__file__='x.py', lr=0.1, steps=10, note='', flag=False, batch_size=8, D=96, SIZE=1)
+def settings(**more):
+    return dict(**more, __file__='x.py', lr=0.1, steps=10, note='', flag=False, batch_size=8, D=96, SIZE=1)
 
 def test_overrides_take_every_documented_form():
     def given(*argv):
@@ -174,6 +173,11 @@ def test_overrides_refuse_with_one_line():
     exits_with(bad('--lr', '--flag'), '--lr needs a value')
     exits_with(bad('lr=3'), "stray word 'lr=3'", '--name=value')
     exits_with(bad('-lr', '3'), 'stray word')
+    exits_with(bad('--batch_size=0'), '--batch_size=0', 'at least 1')
+    more = settings(tau=1.0, r_init=0.5, schedule='arccos', warmup=0)
+    for key, value, words in (('tau', '0', 'at least'), ('r_init', '2', 'between 0 and 1'), ('r_init', 'nan', '0 and 1'),
+                              ('schedule', 'linear', "'arccos', 'cosine'")):
+        exits_with(lambda: T.configure(dict(more), [f'--{key}={value}']), f'--{key}={value}', words)
 
 def test_help_prints_the_block():
     for script in (T, M, distill, sample, reward, tteo):
@@ -281,6 +285,8 @@ def test_captions_are_parsed_by_the_grammar():
 
 def test_unknown_words_are_explained_with_their_neighbours():
     exits_with(lambda: T.parse_caption('a red red'), 'outside the grammar', 'three green squares')
+    for both in ('two red circles and a blue square', 'two circles left of a square', 'two circles and two squares'):
+        exits_with(lambda: T.parse_caption(both), 'a number stands alone')
     exits_with(lambda: T.word_ids(['a cirle'], T.WORDS, 8), "unknown word 'cirle'", 'nearest known: circle')
     exits_with(lambda: T.word_ids(['xyzzy'], ('cat', 'dog'), 8), 'known: cat, dog')
     exits_with(lambda: T.word_ids(['a ' * 9], T.WORDS, 8), '9 words', 'at most 8')
@@ -334,10 +340,29 @@ def test_folder_problems_are_explained():
     with tempfile.TemporaryDirectory() as root:
         exits_with(lambda: T.Images(f'{root}/nowhere', 32), 'no such folder', "'shapes'")
         exits_with(lambda: T.Images(root, 32), 'no files found', 'sub-folders')
-        open(f'{root}/x.txt', 'w').write('x')
+        for k in range(8):
+            exits_with(lambda: T.Images(root, 32), 'expected at least 8')
+            open(f'{root}/{k}.txt', 'w').write('x')
         assert 'single class' in printed(lambda: T.Images(root, 32))           # a flat folder is one class
-        exits_with(lambda: printed(lambda: T.Images(root, 32).batch([0])), 'not one of its 1 files')
+        exits_with(lambda: printed(lambda: T.Images(root, 32).batch([0])), 'not one of its 8 files')
         exits_with(lambda: T.Images('shapes', 64), '32 pixels', 'not 64')
+        exits_with(lambda: T.Images('shapes', 32, expected=['cat']), 'the model knows 1 (cat')
+        for k in ('10', '9', 'b', 'empty'):
+            os.makedirs(f'{root}/{k}')
+            for i in range(4 * (k != 'empty')):
+                open(f'{root}/{k}/{i}', 'w').write('x')
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            assert T.Images(root, 32).words == ('9', '10', 'b')                # numbers by value, then names
+        assert '8 files' in text.getvalue() and 'left out' in text.getvalue()
+
+def test_deep_grey_images_keep_their_range():
+    grey = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    with tempfile.TemporaryDirectory() as root:
+        seen = []
+        for k, pixels in enumerate((grey, grey * 255, (grey * 255).astype(np.int32), (grey * 65535).astype(np.int32))):
+            Image.fromarray(pixels).save(f'{root}/{k}.tif')
+            seen.append(T.read_image(f'{root}/{k}.tif', 8)[..., 0].astype(int))
+        assert all(abs(x - grey * 255).max() <= 1.5 for x in seen)
 
 def test_token_cache_is_never_stale():
     with tempfile.TemporaryDirectory() as root:
@@ -392,6 +417,8 @@ def test_soft_embedding_of_one_hot_is_the_hard_embedding():
     for m in (None, mask):
         hard, soft = model.embed(ids, m), model.embed(F.one_hot(ids, 12).float(), m)
         assert torch.equal(hard, soft) and hard.shape == (2, 16, 24)
+        for kind in (torch.bfloat16, torch.float64):
+            assert torch.equal(hard, model.embed(F.one_hot(ids, 12).to(kind), m))
     assert torch.equal(model.embed(ids, mask), model.embed(ids.masked_fill(mask, model.mask_id)))
 
 def test_soft_embedding_is_the_expectation():
@@ -435,7 +462,7 @@ def test_relaxations_are_probabilities_with_the_softmax_gradient():
     weight = torch.randn(4, 5, 7)
     for kind in ('gumbel', 'st'):
         x = M.relaxed(logits, kind, 0.7, torch.Generator().manual_seed(1))
-        assert torch.allclose(x.max(-1).values, torch.ones(4, 5)) and torch.allclose(x.sum(-1), torch.ones(4, 5))
+        assert torch.equal(x, F.one_hot(x.argmax(-1), 7).float())              # exactly one-hot
         assert (torch.autograd.grad((x * weight).sum(), logits)[0] != 0).all()
     hard = torch.autograd.grad((M.relaxed(logits, 'st', 0.7) * weight).sum(), logits)[0]
     assert torch.allclose(hard, torch.autograd.grad((soft * weight).sum(), logits)[0])
@@ -797,22 +824,26 @@ def test_folder_goes_through_the_whole_pipeline():
         must_refuse('distill.py', f'--out_dir={folder}', words='was trained on')
 
 def test_missing_or_unfinished_teacher_is_trained_first():
-    with tempfile.TemporaryDirectory() as root, mock.patch.object(subprocess, 'run') as launched:
-        launched.return_value = SimpleNamespace(returncode=1)
+    with tempfile.TemporaryDirectory() as root, mock.patch.object(subprocess, 'Popen') as launched:
         def trained(folder):
             launched.reset_mock()
             with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
                 distill.train_missing('shapes', folder, 7)
             return [call.args[0][1:] for call in launched.call_args_list], text.getvalue()
         commands, text = trained(f'{root}/new')
-        assert commands == [[f'{HERE}/tokenizer.py', '--data=shapes', f'--out_dir={root}/new', '--seed=7']]
+        assert commands == [[f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={root}/new']]
         assert 'tokenizer.pt is missing' in text and '2 minutes' in text
+        launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]        # Ctrl-C: wait until the child has saved
+        assert len(trained(f'{root}/new')[0]) == 1 and launched.return_value.wait.call_count == 2
+        launched.return_value.wait.side_effect = None
         T.save_checkpoint(f'{root}/tokenizer.pt', dict(stage='tokenizer', step=5, config=dict(steps=5)))
-        T.save_checkpoint(f'{root}/model.pt', dict(stage='model', step=4, config=dict(steps=5)))
+        os.rename(f'{root}/tokenizer.pt', f'{root}/tokenizer.prev.pt')         # killed between two renames
+        T.save_checkpoint(f'{root}/model.pt', dict(stage='model', step=4, config=dict(steps=5, D=32)))
         commands, text = trained(root)
-        assert len(commands) == 1 and commands[0][0].endswith('model.py') and commands[0][-1] == '--resume'
+        assert commands == [[f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={root}']]
         T.save_checkpoint(f'{root}/model.pt', dict(stage='model', step=5, config=dict(steps=5)))
-        assert trained(root) == ([], '')
+        commands, text = trained(root)
+        assert commands == [] and 'using the previous one' in text
 
 def test_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
     whole, step = tiny_run()[0], 'torch.optim.AdamW.step'
@@ -1236,12 +1267,13 @@ def test_published_teachers_go_through_distillation_gan_sampling_and_metrics():
             text = must_run('distill.py', *files, f'--out_dir={folder}', '--steps=4', '--cfg_scale=2', '--aux_muon=0')
             assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
             student = torch.load(f'{folder}/distill.pt', weights_only=True)
-            assert set(student['tokenizer']) == {'kind', 'path', 'grid'}        # not its weights
-            for k in range(student['args']['n_words']):
-                os.makedirs(f'{folder}/data/{k}')
-                Image.fromarray(real[k]).save(f'{folder}/data/{k}/x.png')
+            assert set(student['tokenizer']) == {'kind', 'path', 'grid', 'S'}   # not its weights
+            for k in range(student['args']['n_words']):                        # names as ImageNet's
+                os.makedirs(f'{folder}/data/n0144{k}')
+                Image.fromarray(real[k]).save(f'{folder}/data/n0144{k}/x.png')
             text = must_run('gan.py', *files, f'--out_dir={folder}', f'--data={folder}/data', '--flips', '--steps=4')
             assert 'gan, 1 step' in text and f'{2 * student["args"]["n_words"]} real images' in text
+            must_run('sample.py', f'--ckpt={folder}/distill.pt', '--metrics', '--n_metrics=8', f'--data={folder}/data')
             text = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/ref.npz', '--batch=7')
             assert 'FID@30 ' in text and 'FID ' not in text and digest in text and 'precision' in text
             again = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/bare.npz',
@@ -1268,8 +1300,17 @@ def test_a_published_teacher_is_asked_for_politely():
         load = lambda kind, net, tok, data='': lambda: M.load_teacher(kind, f'{root}/{net}', f'{root}/{tok}', data)
         exits_with(load('maskgit', 'maskbit.pth', 'maskgit.ckpt'), 'maskbit.pth')
         exits_with(load('maskgit', 'maskgit.pth', 'none.ckpt'), 'none.ckpt: no such file')
-        torch.save(published(mini_tokenizer('maskgit', n_codes=16), 'maskgit'), f'{root}/other.ckpt')
-        exits_with(load('maskgit', 'maskgit.pth', 'other.ckpt'), '16 tokens of 32 codes', 'not of one release')
+        torch.save(published(mini_tokenizer('maskgit', n_codes=64), 'maskgit'), f'{root}/other.ckpt')
+        exits_with(load('maskgit', 'maskgit.pth', 'other.ckpt'), 'maskgit.pth', 'expected V + K + 2 with V = 64')
+        torch.save(published(mini_tokenizer('maskbit', code_dim=5, n_codes=32), 'maskbit'), f'{root}/other.ckpt')
+        exits_with(load('maskbit', 'maskbit.pth', 'other.ckpt'), 'of 32', 'not of one release')
+        for k, (kind, sizes, codes) in enumerate((('maskgit', dict(V=48, n_words=10), dict(n_codes=48)), (
+                'maskbit', dict(N=16, V=16, bits=4, S=1), dict(code_dim=4, S=1, n_codes=16)))):
+            torch.save(published(mini(kind, **sizes), kind), f'{root}/net{k}.pth')    # sizes that one file leaves open
+            torch.save(published(mini_tokenizer(kind, **codes), kind), f'{root}/tok{k}.ckpt')
+            found = M.load_teacher(kind, f'{root}/net{k}.pth', f'{root}/tok{k}.ckpt', n_head=2)
+            assert (found['args']['V'], found['args']['n_head']) == (sizes['V'], 2)
+            assert T.Tokenizer.from_checkpoint(found['tokenizer']).S == sizes.get('S', 1)
         picture_folder(f'{root}/data')
         exits_with(load('maskgit', 'maskgit.pth', 'maskgit.ckpt', f'{root}/data'), '2 class folders', '10 classes')
         exits_with(lambda: sample.load_inception(f'{root}/maskgit.pth', 'cpu'), 'maskgit.pth', 'TorchScript')
@@ -1610,6 +1651,16 @@ def test_a_state_that_is_not_finite_is_never_saved():
             setting = f'--{name}=1e38'
             must_refuse(script, f'--out_dir={folder}', setting, '--log_every=100', words='is not finite')
             assert not os.path.exists(f'{folder}/{script[:-3]}.pt')
+        broken = dict(step=3, net=dict(w=torch.tensor([1.0, float('nan')])))
+        exits_with(lambda: T.save_checkpoint(f'{root}/x.pt', broken), 'not finite at step 3')
+        assert not os.path.exists(f'{root}/x.pt')
+
+def test_a_teacher_and_a_generator_must_share_their_tokenizer():
+    a, b = ({'tokenizer': small_tokenizer().pack()} for _ in range(2))
+    M.same_tokens(a, b, 'x.pt', 'y.pt')
+    b['tokenizer']['net'] = {k: v + 1 for k, v in b['tokenizer']['net'].items()}
+    exits_with(lambda: M.same_tokens(a, b, 'x.pt', 'y.pt'), 'x.pt and y.pt', '--teacher_ckpt')
+    exits_with(lambda: M.same_tokens(a, {'tokenizer': {'kind': 'maskgit'}}, 'x.pt', 'y.pt'), 'different tokenizers')
 
 def test_errors_of_the_scripts_are_one_line():
     with tempfile.TemporaryDirectory() as root:
@@ -1623,7 +1674,9 @@ def test_errors_of_the_scripts_are_one_line():
                  (('distill.py', f'--out_dir={folder}', '--resume'), 'Start without --resume'),
                  (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
                  (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
-                 (('gan.py', '--relax=hard'), 'soft, gumbel or st'),
+                 (('gan.py', '--relax=hard'), "'soft', 'gumbel', 'st'"),
+                 (('tokenizer.py', '--image_size=30'), 'image_size 30 is not a multiple of 4'),
+                 (('model.py', f'--out_dir={folder}', '--n_head=5'), 'not a multiple of n_head'),
                  ((*teacher, '--prompt', 'a purple circle'), "unknown word 'purple'"),
                  ((*teacher, '--label=cat'), '--prompt'),
                  ((*teacher, '--steps=99'), 'more than the 64 tokens'),

@@ -68,6 +68,7 @@ SIZE, CELL = 32, 16                                    # canvas and quadrant; an
 HELD_OUT = 2 ** 31                                     # indices from here on are never trained on
 COLORS = {'red': (222, 48, 48), 'green': (36, 176, 72), 'blue': (52, 96, 240), 'yellow': (248, 212, 48)}
 SHAPES = ('circle', 'square', 'triangle', 'cross')
+WORLDS = ('shapes', 'shapes-open')                     # closed: one background; open: any of the four, unnamed
 BACKGROUNDS = ((24, 24, 32), (236, 232, 222), (128, 128, 136), (226, 150, 200))  # the default world has one
 RADII = (4.0, 6.0)                                     # two sizes, never named
 NUMBERS = {'two': 2, 'three': 3, 'four': 4}
@@ -161,6 +162,8 @@ def parse_caption(caption):
         number, color, shape, _ = match.groups()
         counted |= number != 'a'
         objects += [(color, '' if shape == 'shape' else shape)] * NUMBERS.get(number, 1)
+    if counted and len(objects) != NUMBERS.get(caption.split()[0].lower()):
+        raise ValueError(f'{caption!r} is outside the grammar: a number stands alone, as in "three green squares"')
     if len(objects) == 1:
         task = 'colors' if objects[0][0] else 'single_object'
     else:
@@ -268,38 +271,53 @@ def read_image(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode in ('I', 'F') or image.mode.startswith('I;16'):  # 16-bit grey: scale to 8 bits
-                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode in ('I', 'F') or image.mode.startswith('I;16'):  # deep grey: to 8 bits, by its range
+                grey = np.asarray(image, np.float64)
+                scale = 1 / 257 if ';16' in image.mode or grey.max() > 255 else 1 if grey.max() > 1 else 255
+                image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
             return np.asarray(ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises many kinds here
         return f'{type(error).__name__}: {error}'
 
 
 class Images:
     """Images with captions, by index: `data` is 'shapes', 'shapes-open' or a folder whose sub-folders are classes.
-    `words` and `caption_length` are the vocabulary that captions use; a class label is a one-word caption."""
+    `words` and `caption_length` are the vocabulary that captions use; a class label is a one-word caption. Exits if
+    the vocabulary is not the one `expected`, that of a trained model."""
 
-    def __init__(self, data, size, n_images=50_000):
-        self.data, self.size, self.is_world, self.bad = data, size, data in ('shapes', 'shapes-open'), {}
+    def __init__(self, data, size, n_images=50_000, expected=None):
+        self.data, self.size, self.is_world, self.bad = data, size, data in WORLDS, {}
         if self.is_world:
             if size != SIZE:
                 raise SystemExit(f'the shapes world is drawn at {SIZE} pixels, not {size}; leave --image_size={SIZE}')
             self.words, self.caption_length, self.length = WORDS, CAPTION_LENGTH, n_images
-            return
+        else:
+            self.find_files()
+        if expected is not None and list(self.words) != list(expected):
+            raise SystemExit(f'--data={data} has {len(self.words)} words ({", ".join(self.words[:4])}, ...), the model '
+                             f'knows {len(expected)} ({", ".join(expected[:4])}, ...); give the data it was trained on')
+
+    def find_files(self):
+        """Classes in the order of their names, numbers in the order of their values."""
+        data = self.data
         if not os.path.isdir(data):
             raise SystemExit(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a folder of images")
         root = os.path.abspath(data)
-        names = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith('.'))
+        names = sorted((d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith('.')),
+                       key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
         walk = lambda top: sorted(os.path.join(w, f) for w, _, fs in os.walk(top) for f in fs if not f.startswith('.'))
-        groups = {name: walk(os.path.join(root, name)) for name in names} or {'image': walk(root)}
-        groups = {name: files for name, files in groups.items() if files}
+        groups = {name: files for name in names if (files := walk(os.path.join(root, name)))} or {'image': walk(root)}
         self.words, self.caption_length = tuple(groups), 1
         self.files = [(path, label) for label, files in enumerate(groups.values()) for path in files]
         self.length = len(self.files)
-        if not self.files:
-            raise SystemExit(f'--data={data}: no files found; put images into sub-folders, one per class')
+        if self.length < 8:
+            raise SystemExit(f'--data={data}: {self.length or "no"} files found, expected at least 8; put images into '
+                             'sub-folders, one per class')
+        loose = len(walk(root)) - self.length
+        if loose:
+            print(f'note: {loose} files in {data} lie outside its class folders and are left out')
         if len(groups) == 1:
             print(f'note: {data} has a single class, {self.words[0]!r}: captions carry no information, so guidance has '
                   'nothing to steer. Use one sub-folder per class if there are classes.')
@@ -551,6 +569,9 @@ class Tokenizer(nn.Module):
         self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
                            code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
         widths, attend = [ch * int(m) for m in ch_mult.split(',')], attention.split(',')
+        if image_size < 1 or image_size % 2 ** (len(widths) - 1):
+            raise ValueError(f'image_size {image_size} is not a multiple of {2 ** (len(widths) - 1)}, which the '
+                             f'{len(widths)} levels of ch_mult {ch_mult} need')
         groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or widths[-1], S > 0
         self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
         self.N = self.S * self.grid ** 2
@@ -591,7 +612,10 @@ class Tokenizer(nn.Module):
         return images * 2 - 1 if self.config['S'] else images
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> ids (B, N)."""
+        """Images (B, 3, H, W) in [-1, 1], H = W a multiple of the cell -> ids (B, N)."""
+        if images.shape[2] != images.shape[3] or images.shape[2] % (self.config['image_size'] // self.grid):
+            raise ValueError(f'encode expects square images whose side is a multiple of '
+                             f'{self.config["image_size"] // self.grid}, got {tuple(images.shape)}')
         return self.nearest(self.latents(images))
 
     def decode(self, x, text=None):
@@ -603,7 +627,7 @@ class Tokenizer(nn.Module):
         if math.isqrt(x.shape[1] // self.S) ** 2 * self.S != x.shape[1] or soft and x.shape[2] != self.V:
             raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
                              f'got {tuple(x.shape)}')
-        return self.decode_latents(x @ table.to(x.dtype) if soft else F.embedding(x, table))
+        return self.decode_latents(x.to(table.dtype) @ table if soft else F.embedding(x, table))
 
     def forward(self, images, quantise=True):
         """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)], and the decoder
@@ -617,7 +641,7 @@ class Tokenizer(nn.Module):
         """Rebuild from what `pack` puts into every checkpoint of ours; `path` says where a published one is now."""
         if 'kind' in saved:
             try:
-                return cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'])
+                return cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0))
             except (ValueError, FileNotFoundError) as error:
                 raise SystemExit(f'{error} (a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
                                  ) from None
@@ -630,10 +654,11 @@ class Tokenizer(nn.Module):
         return self.source or {'args': self.config, 'net': self.state_dict()}
 
     @classmethod
-    def from_pretrained(cls, kind, path, grid=16):
+    def from_pretrained(cls, kind, path, grid=16, S=0):
         """Published weights, kind maskgit (taming VQGAN) or maskbit, from their file, from its folder, or from the
         dict that it holds; path 'random' is the published size with random weights. All sizes are read off the shapes
-        but the grid of an image, which the weights leave open. Errors: ValueError, FileNotFoundError, one line."""
+        but the grid of an image and MaskBit's S (0: as released), which the weights leave open. Errors: ValueError,
+        FileNotFoundError, one line."""
         if kind not in PUBLISHED:
             raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
         if isinstance(path, str) and path == 'random':
@@ -658,7 +683,7 @@ class Tokenizer(nn.Module):
                               z=size('encoder.conv_out.weight', 0, 0, 3, 3)[0])
             else:
                 bits = size('encoder.conv_out.weight', 0, 0, 1, 1)[0]
-                S = 1 + (bits % 2 == 0)                                                  # released: 2 codes per place
+                S = S or 1 + (bits % 2 == 0)                                             # released: 2 codes per place
                 shape |= dict(S=S, n_codes=2 ** (bits // S), code_dim=bits // S,
                               mid=count(r'encoder\.mid\.res_blocks\.(\d+)\.'))
                 w['codes'] = bit_rows(bits // S)
@@ -667,7 +692,7 @@ class Tokenizer(nn.Module):
             fill(tokenizer, w, lambda key: published_name(key, kind, len(widths)), name)
         if isinstance(path, (str, os.PathLike)):
             path = path if path == 'random' else os.path.abspath(path)
-            tokenizer.source = dict(kind=kind, path=path, grid=grid)
+            tokenizer.source = dict(kind=kind, path=path, grid=grid, S=S)
         return tokenizer.eval().requires_grad_(False)
 
 
@@ -702,12 +727,18 @@ def spread_out(z, k, rng):
 # Helpers of every script: overrides, processes, files (model.py passes them on)
 
 RULE = '# ' + '-' * 77
+# What settings of these names may be, in every script: one of, at least (precision and recall need 4 images), a share
+ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosine'), relax=('soft', 'gumbel', 'st'),
+               weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
+LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
+             teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6)
+SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
 
 
 def configure(g, argv=None):
     """Override the lower-case scalar globals in `g` from the command line and return them all as a dict.
     Takes --key=value, --key value and, for a bool, a bare --key; dashes equal underscores; --help prints the block.
-    Exits with one line on an unknown key, a wrong type or a stray word."""
+    Exits with one line on an unknown key, a wrong type, a value that cannot be, or a stray word."""
     name = os.path.basename(g.get('__file__', 'script'))
     keys = [k for k, v in g.items() if type(v) in (bool, int, float, str) and k[0] != '_'
             and (k == k.lower() or len(k) == 1)]                                         # SIZE is a constant, D is not
@@ -742,6 +773,13 @@ def configure(g, argv=None):
         except (ValueError, KeyError, OverflowError):
             wanted = 'true, false, 1 or 0' if kind is bool else f'a value of type {kind.__name__}'
             raise SystemExit(f'{name}: --{key} takes {wanted} (default {defaults[key]!r}), not {text!r}') from None
+    for key in keys:
+        value, least = g[key], LEAST.get(key)
+        wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
+                  f'at least {least:g}' if least is not None and not value >= least else
+                  'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else '')
+        if wanted:
+            raise SystemExit(f'{name}: --{key}={value} cannot be, expected {wanted}')
     return {k: g[k] for k in keys}
 
 
@@ -845,6 +883,9 @@ def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
     kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
     temporary = f'{path}.{os.getpid()}.tmp'
+    if not all(v.isfinite().all() for v in state.get('net', {}).values()):
+        raise SystemExit(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
+                         'rates. The last checkpoint is good: --resume continues from it.')
     try:
         with writing(path):
             with open(temporary, 'wb') as file:
@@ -1050,7 +1091,10 @@ if __name__ == '__main__':
     micro, accumulate = split_batch(batch_size, micro_batch, world)
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
     torch.manual_seed(seed)
-    net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
+    try:
+        net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
+    except (ValueError, ZeroDivisionError) as error:
+        raise SystemExit(f'tokenizer.py: {error}') from None
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                   fused=device.type == 'cuda')
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
@@ -1102,7 +1146,7 @@ if __name__ == '__main__':
     bar = progress(steps, 'tokenizer', step)
     while True:
         # Save, show, stop
-        ending = step == steps or stop.now(step, device)
+        ending = step >= steps or stop.now(step, device)
         if step and (step % save_every == 0 or ending):
             if world > 1:  # an equal share for each process
                 dist.all_reduce(usage)

@@ -25,8 +25,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from model import (MDM, Images, Tokenizer, add_noise, check, configure, image_rngs, init_tokens, load_checkpoint,
-                   load_rewards, parse_caption, relaxed, restore, reward_sum, rng_for, save_grid, start_processes,
-                   word_ids, world_reward, writing)
+                   load_rewards, parse_caption, progress, relaxed, restore, reward_sum, rng_for, save_grid,
+                   start_processes, word_ids, world_reward, writing)
 from tokenizer import HELD_OUT, TASKS
 
 # -----------------------------------------------------------------------------
@@ -121,14 +121,14 @@ if __name__ == '__main__':
     _, world, device, _ = start_processes()
     if world > 1:
         raise SystemExit('tteo.py: runs as one process; start it with python, not torchrun')
-    if output not in ('soft', 'tokens') or min(iterations, starts) < 1 or min(n, best_of) < 0:
-        raise SystemExit('tteo.py: expected --output=soft or tokens, --iterations and --starts >= 1, --n and --best_of '
-                         '>= 0')
     state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
     generator = MDM(**state['args']).to(device).eval().requires_grad_(False)
     restore(generator, state['ema'], ckpt, 'ema')
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer']).to(device)
-    words, made, source = state['words'], state['config'], Images(state['data'], tokenizer.config['image_size'])
+    words, made = state['words'], state['config']
+    if not state['data']:
+        raise SystemExit(f'{ckpt}: was made without data, so there are no small reward models to choose images by')
+    source = Images(state['data'], tokenizer.config['image_size'], expected=words)
     folder = os.path.dirname(ckpt)
     world_file, name = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
     rewards = load_rewards(config, world_file, device)
@@ -137,7 +137,7 @@ if __name__ == '__main__':
     held_out = world_reward(world_file, 'held_out', device)
     n = n or (16 if prompt else 300)
     captions = [prompt] * n if prompt else source.batch(HELD_OUT + 10 ** 6 + np.arange(n) if source.is_world
-                                                        else np.arange(n))[1]
+                                                        else np.linspace(0, source.length - 1, n).astype(int))[1]
     try:
         conditions = word_ids(captions, words, state['args']['T']).to(device)
         tasks = np.array([parse_caption(c)[0] for c in captions] if source.is_world else [''] * n)
@@ -167,10 +167,10 @@ if __name__ == '__main__':
         right = check(images, captions[part]) if source.is_world else np.full(len(images), np.nan)
         return held_out(images, captions[part]), torch.from_numpy(right).to(device)
 
-    def run(iterates, passes):
+    def run(label, iterates, passes):
         """Collect a batch-wise generator of iterates: [(passes, kept score, held-out, followed) (B,)], first and last
         images, milliseconds per image without the reporting."""
-        rows, first, last, spent = [[] for _ in passes], [], [], 0.0
+        rows, first, last, spent, bar = [[] for _ in passes], [], [], 0.0, progress(n * len(passes), label)
         for part in (slice(k, k + batch) for k in range(0, n, batch)):
             clock = time.time()
             for k, (shown, best, images, moved) in enumerate(iterates(part)):
@@ -178,8 +178,10 @@ if __name__ == '__main__':
                 if k == 0:
                     first.append(images.cpu())
                 rows[k].append(torch.stack([best, *report(images, part), shown, moved]).double().cpu())
+                bar.update(len(images))
                 clock = time.time()
             last.append(images.cpu())
+        bar.close()
         rows = torch.stack([torch.cat(r, 1) for r in rows])                  # (iterates, 5, n)
         return rows, torch.cat(first), torch.cat(last), spent * 1000 / n
 
@@ -211,8 +213,8 @@ if __name__ == '__main__':
 
     passes = [passes_of(k, output, starts) for k in range(iterations + 1)]
     best_of = best_of or passes[-1]
-    ascent, _, after, ms = run(optimised, passes)
-    control, before, chosen, ms_control = run(fresh_draws, range(best_of))
+    ascent, _, after, ms = run('TTEO', optimised, passes)
+    control, before, chosen, ms_control = run('best of N', fresh_draws, range(best_of))
     entries = [('generator', 1, ms_control / best_of, control[0]),
                (f'TTEO, {starts} x {iterations} steps', passes[-1], ms, ascent[-1]),
                (f'best of {best_of}', best_of, ms_control, control[-1])]
@@ -222,7 +224,8 @@ if __name__ == '__main__':
     for label, cost, time_each, (best, held, right, _, _) in entries:
         shares = {t: float(right[torch.from_numpy(tasks == t)].mean()) for t in shown_tasks}
         table.append(dict(name=label, passes=cost, ms=round(time_each, 2), reward=float(best.mean()),
-                          held_out=float(held.mean()), accuracy=float(right.mean()), tasks=shares))
+                          held_out=float(held.mean()), tasks=shares,
+                          accuracy=float(right.mean()) if source.is_world else None))
         print(f'{label:22s}{cost:6d}{time_each:10.2f}{best.mean():8.3f}{held.mean():10.3f}{right.mean():10.3f}'
               + ''.join(f'{s:15.3f}' for s in shares.values()))
     print(f'{n} images, seeds ({seed}, 0..{n - 1}), {output} output; they are chosen by the reward, so its value is '
