@@ -54,7 +54,6 @@ lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along 
 muon_lr = 0.02         # Muon on the matrices of the trunk: a third of AdamW's steps here; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
 schedule = 'arccos'    # law of the mask ratio: arccos or cosine
-p_full = 0.15          # further share of images masked wholly: the one-step student learns its modes there; MaskGIT 0
 p_drop = 0.1           # share of captions replaced by the null condition, for guidance
 ema_decay = 0.995      # averaged weights, which are the teacher
 # system
@@ -957,9 +956,9 @@ if __name__ == '__main__':
             rows = torch.from_numpy(dataset[index.cpu().numpy()])
             tokens, cond = rows.long().to(device).split([N, T], 1)
             cond = torch.where(random_numbers((micro, 1), rng, device) < p_drop, net.null(cond), cond)
-            x, mask = remask(tokens, net.mask_id, schedule, rng, p_full)
+            mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
             with autocast:
-                logits = forward(x, cond)
+                logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
             loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only, as MaskGIT
             loss.backward()
         average_gradients(net.parameters(), accumulate * world)

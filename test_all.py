@@ -1291,6 +1291,17 @@ def test_published_teachers_go_through_distillation_gan_sampling_and_metrics():
         exits_with(lambda: T.Tokenizer.from_checkpoint(student['tokenizer']), 'tokenizer.ckpt', '--tokenizer_path')
         T.Tokenizer.from_checkpoint(student['tokenizer'], f'{root}/moved.ckpt')
 
+def test_a_published_size_is_timed_without_any_file():
+    small = '''
+import sys
+sys.path.insert(0, '.')
+import model, tokenizer
+model.PUBLISHED['maskgit'].update(N=16, V=32, D=32, depth=3, n_head=2, n_words=10, mlp=64)
+tokenizer.PUBLISHED['maskgit'].update(image_size=16, ch=32, ch_mult='1,1,2', n_res=1, n_codes=32, code_dim=8, z=8, up=1)
+'''
+    for script in ('distill.py', 'gan.py'):
+        assert 'ms_per_step' in must_run(script, '--bench', '--teacher=maskgit', '--teacher_path=random', before=small)
+
 def test_a_published_teacher_is_asked_for_politely():
     with tempfile.TemporaryDirectory() as root, mock.patch.object(os, 'getcwd', return_value=root):
         exits_with(lambda: M.load_teacher('maskgit', ''), '--teacher_path=FILE', '--tokenizer_path=FILE')
