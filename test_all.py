@@ -246,7 +246,7 @@ def test_real_renders_follow_the_known_law_of_every_factor():
         images, captions, _ = objects_of(world)
         truth = T.factors(images, captions, world)
         print(f'    {world}: ' + ', '.join(f'{k} {v:.3f}' for k, v in truth.items()))
-        assert set(truth) == {'size', 'position', 'color', 'shape', 'background'}
+        assert set(truth) == {'size', 'pairs', 'position', 'color', 'shape', 'background'}
         assert max(truth.values()) < 0.06
 
 def test_factors_see_a_dropped_mode():
@@ -255,6 +255,11 @@ def test_factors_see_a_dropped_mode():
         keep = np.setdiff1d(range(3000), found['image'][shown])
         distance = T.factors(images[keep], [captions[k] for k in keep], 'shapes-open')
         assert distance[factor] > 0.2, (factor, distance)
+    several = np.array([len(T.parse_caption(c)[1]) > 1 for c in captions])
+    mixed = [i for i in np.flatnonzero(several) if np.ptp(found['size'][found['image'] == i]) > 0]
+    keep = np.setdiff1d(range(3000), mixed)                                    # sizes stay free, but agree in an image
+    coupled = T.factors(images[keep], [captions[k] for k in keep], 'shapes-open')
+    assert coupled['pairs'] == 0.5 and coupled['size'] < 0.06
     keep = np.flatnonzero(found['background'] != 1)
     rest = images[keep], [captions[k] for k in keep]
     assert T.factors(*rest, 'shapes-open')['background'] > 0.2 < T.factors(*rest, 'shapes')['background']

@@ -251,7 +251,10 @@ def factors(images, captions, world='shapes'):
     unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
     alone = np.array([len(asked[i]) == 1 for i in found['image']], dtype=bool) & known
     place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
-    table = {'size': (found['size'][known], range(2)), 'position': (place[alone], range(4)),
+    image, size = found['image'], found['size']                                           # in the order of the images
+    pair = (image[1:] == image[:-1]) & known[1:] & known[:-1] & ~alone[1:]                # two objects of one image
+    table = {'size': (size[known], range(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, range(2)),  # alike or not
+             'position': (place[alone], range(4)),
              'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
              'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
     def distance(values, support):
@@ -259,7 +262,7 @@ def factors(images, captions, world='shapes'):
         truth = np.zeros(4)
         truth[list(support)] = 1 / len(support)
         return float(abs(share - truth).sum() / 2)
-    return {name: distance(*pair) for name, pair in table.items()}
+    return {name: distance(*row) for name, row in table.items()}
 
 
 # -----------------------------------------------------------------------------
