@@ -3,8 +3,8 @@ Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many st
 
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
 losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
-one auxiliary pass both losses, 8 forward-equivalents per step instead of 10 (--reuse=false: the released order). No
-real data enters: the loop sees captions, the teacher, and its own samples.
+one auxiliary pass both losses: 8 forward-equivalents per guided step instead of 10, a backward counting two
+(--reuse=false: the released order). No real data enters: the loop sees captions, the teacher, and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
@@ -19,13 +19,12 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, configure, dimo_grad,
-                   ema_update, final_table, guided_logits, jeffreys, load_checkpoint, load_teacher, make_optimizers,
-                   one_step, progress, remask, render, report_bench, restore, rng_for, same_weights,
-                   sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
-                   token_entropy, word_ids)
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite, configure,
+                   dimo_grad, ema_update, end_processes, final_table, guided_logits, jeffreys, load_checkpoint,
+                   load_teacher, make_optimizers, one_step, progress, remask, render, report_bench, restore, rng_for,
+                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
+                   surrogate, teacher_passes, token_entropy, word_ids)
 from tokenizer import previous
 
 # -----------------------------------------------------------------------------
@@ -157,7 +156,8 @@ if __name__ == '__main__':
     shown = reference.prompts(32)[0] if reference else [words[int(k)] for k in torch.linspace(0, len(words) - 1, 32)]
     if rank == 0:
         print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
-              f'{batch_size} = {world} x {accumulate} x {micro}, 8 forward-equivalents each' + ' (10)' * (not reuse))
+              f'{batch_size} = {world} x {accumulate} x {micro}, each of '
+              f'{7 + 2 * (not reuse) + (cfg_scale != 1)} forward-equivalents')
 
     def draw_batch(rng):
         """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
@@ -186,30 +186,24 @@ if __name__ == '__main__':
             if reuse:
                 psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
                 psi_loss.backward()
+        norms = [finish(0)]
         if not reuse:
-            norm = finish(0)
             for k in range(accumulate):
                 rng = rng_for(seed, step, ('fresh', rank * accumulate + k), device)
                 with torch.no_grad():
                     cond, _, tokens = draw_batch(rng)
-                x_t, mask2 = remask(tokens, generator.mask_id, schedule, rng, p_full)
+                x_t, fresh_mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
                 with autocast:
-                    psi_loss = aux_loss(aux(x_t, cond), tokens, mask2, label_smoothing)
+                    psi_loss = aux_loss(aux(x_t, cond), tokens, fresh_mask, label_smoothing)
                 psi_loss.backward()
-        norms = [finish(0) if reuse else norm, finish(1)]
+        norms.append(finish(1))
         ema_update(generator_ema, generator, ema_decay, step)
         divergence = (jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
                       if (step + 1) % log_every == 0 else None)
         return dict(divergence=divergence, aux_loss=psi_loss.detach(), grad_logits=grad.norm() / micro,
                     norm_generator=norms[0], norm_aux=norms[1]), logits.detach()
 
-    def finish(k):
-        """Average over processes, clip, step: network k -> its gradient norm."""
-        average_gradients(trained[k], accumulate * world)
-        norm = nn.utils.clip_grad_norm_(trained[k], clip)
-        for optimizer in optimizers[k]:
-            optimizer.step()
-        return norm
+    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
 
     if bench:
         report_bench(update, batch_size, device, autocast)
@@ -246,10 +240,7 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            for name, norm in (('generator', numbers['norm_generator']), ('aux', numbers['norm_aux'])):
-                if not torch.isfinite(norm):
-                    raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
-                                     'The last checkpoint is good: --resume continues from it.')
+            check_finite(step, generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'])
         if step % log_every == 0 and rank == 0:
             entropy, top = token_entropy(logits)
             row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top}.items()}
@@ -262,9 +253,8 @@ if __name__ == '__main__':
     if rank == 0 and step >= steps and not reference:
         print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
     elif rank == 0 and step >= steps:
-        samplers = {f'teacher, {n} steps': (2 * n if n > 1 and teacher_cfg != 1 else 1, many_steps(n))
+        samplers = {f'teacher, {n} steps': (teacher_passes(n, teacher_cfg), many_steps(n))
                     for n in sorted({1, min(4, teacher_steps), teacher_steps})}
         final_table(out[:-3], {**samplers, 'student, 1 step': (1, student)}, tokenizer, reference, conditions, n_eval,
                     seed, config)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()

@@ -1,5 +1,5 @@
 """
-Stage 2a, Soft-Di[M]O (arXiv 2509.22925): refine the one-step generator with a GAN, past its own teacher.
+Stage 2a, Soft-Di[M]O (arXiv 2509.22925): refine the one-step generator with a GAN.
 
 The generator's logits enter the frozen teacher as soft embeddings, so a discriminator of light heads on the teacher's
 features sends gradients back to the generator; the Di[M]O surrogate stays on as the regulariser. This is the first
@@ -7,9 +7,9 @@ stage that sees data. There is no official code to compare with; left out agains
 penalty, augmentation, batch statistics. One generator pass serves all updates; one pass of the teacher over real and
 fake serves both players. Our choice: Muon on the heads' matrices, which learn the game first, alone.
 
-$ python gan.py                                         # after distill.py; about 8 minutes on 2 CPU cores
+$ python gan.py                                         # after distill.py; about 6 minutes on 2 CPU cores
 $ python gan.py --steps=20 --n_eval=200                 # smoke test
-$ python gan.py --relax=st                              # hard samples forward, soft gradients backward
+$ python gan.py --relax=st --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/st    # straight-through
 $ torchrun --nproc_per_node=8 gan.py --batch_size=1024 # published teachers: see README.md
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
 """
@@ -17,16 +17,16 @@ import math
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, aux_loss, average_gradients, both, configure,
-                   dimo_grad, ema_update, final_table, frechet_distance, guided_logits, image_rngs, jeffreys,
-                   load_checkpoint, load_teacher, make_optimizers, one_step, progress, random_numbers,
-                   random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore, rng_for,
-                   same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch,
-                   start_processes, surrogate, token_data, token_entropy, toy_features, word_ids)
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, both, check_finite,
+                   configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance, guided_logits,
+                   image_rngs, jeffreys, load_checkpoint, load_teacher, make_optimizers, one_step, progress,
+                   random_numbers, random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore,
+                   rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
+                   split_batch, start_processes, surrogate, teacher_passes, token_data, token_entropy, toy_features,
+                   word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -254,13 +254,7 @@ if __name__ == '__main__':
               f'{layers} {sum(p.numel() for p in disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images, {steps} '
               f'updates of {batch_size} = {world} x {accumulate} x {micro}')
 
-    def finish(k):
-        """Average over processes, clip, step: network k -> its gradient norm."""
-        average_gradients(trained[k], accumulate * world)
-        norm = nn.utils.clip_grad_norm_(trained[k], clip)
-        for optimizer in optimizers[k]:
-            optimizer.step()
-        return norm
+    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
 
     def draw_batch(rng):
         """Real tokens (B, N), their captions (B, T), and what the generator makes of these: logits, tokens."""
@@ -280,7 +274,7 @@ if __name__ == '__main__':
             emb = torch.cat([teacher.embed(real, hidden), fake_emb])                     # (2 B, L, D)
             states = teacher.features(emb, both(cond, cond), layers)
             c = teacher.cond_emb(cond).flatten(1)                             # (B, T D)
-        d_real, d_fake = disc.train()([h.detach() for h in states], both(c, c), both(r, r)).chunk(2)
+        d_real, d_fake = disc.train()([h.detach() for h in states], torch.cat([c, c]), torch.cat([r, r])).chunk(2)
         loss = disc_loss(d_real, d_fake, hinge)
         loss.backward()
         return states, c, r, dict(
@@ -383,10 +377,7 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            for name in ('generator', 'aux', 'disc'):
-                if not torch.isfinite(numbers[f'norm_{name}']):
-                    raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
-                                     'The last checkpoint is good: --resume continues from it.')
+            check_finite(step, **{f'{name}_lr': numbers[f'norm_{name}'] for name in ('generator', 'aux', 'disc')})
         if step % log_every == 0 and rank == 0:
             entropy, top = token_entropy(logits)
             if w_dimo and w_gan:
@@ -406,9 +397,7 @@ if __name__ == '__main__':
     if rank == 0 and step >= steps:
         before = MDM(**start['args']).to(device).eval()
         restore(before, start['ema'], init, 'ema')
-        passes = 2 * teacher_steps if teacher_cfg != 1 and teacher_steps > 1 else teacher_steps
-        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
+        samplers = {f'teacher, {teacher_steps} steps': (teacher_passes(teacher_steps, teacher_cfg), many_steps),
                     f'{start["stage"]}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
         final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()

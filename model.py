@@ -14,7 +14,6 @@ $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_siz
 Expected (shapes world): masked cross-entropy near 0.4 nats, and shapes that a person can name in out/model.png.
 """
 import functools
-import importlib
 import json
 import math
 import os
@@ -22,15 +21,14 @@ import re
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, average_gradients, bit_rows, check,
-                       configure, factors, fill, load_checkpoint, parse_caption, progress, read_published,
-                       report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid, shape_of, split_batch,
-                       start_processes, timed, token_data, word_ids, writing)
+from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, apply_gradients, bit_rows, check,
+                       check_finite, configure, end_processes, factors, fill, load_checkpoint, parse_caption, progress,
+                       read_published, report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid,
+                       shape_of, split_batch, start_processes, timed, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -403,6 +401,11 @@ def sampling_plan(steps, N, law='maskgit', power=3.0):
     return counts, ((1 - torch.cos(math.pi * (j / steps) ** power)) / 2).tolist(), (1 - q).tolist()
 
 
+def teacher_passes(steps, cfg_scale):
+    """Network passes of `sample_teacher`: guidance doubles every step but the first, where it is 1."""
+    return steps if cfg_scale == 1 else 2 * steps - 1
+
+
 @torch.no_grad()
 def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
                    power=3.0):
@@ -410,8 +413,8 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
     draw per position from softmax(logits / tau); confidence log p + gumbel share g; the most confident are revealed
     and stay. `law` '' is the model's own. Published: MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64
     steps, cfg_scale 8.1, gumbel 7.8, power 3."""
-    x = torch.full((len(cond[0] if isinstance(cond, tuple) else cond), model.N), model.mask_id)
-    x = x.to(next(model.parameters()).device)
+    B, device = len(cond[0] if isinstance(cond, tuple) else cond), next(model.parameters()).device
+    x = torch.full((B, model.N), model.mask_id, device=device)
     law = law or ('maskbit' if model.config['bits'] else 'maskgit')
     for count, guide, noisy in zip(*sampling_plan(steps, model.N, law, power)):
         logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * guide).float() / tau
@@ -428,8 +431,8 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
 def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
     """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
     Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step generator)."""
-    B = len(cond[0] if isinstance(cond, tuple) else cond)
     device = next(generator.parameters()).device
+    B = len(cond[0] if isinstance(cond, tuple) else cond)
     x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
     logits = generator(x_init, cond, sigma, rng)
     with torch.no_grad():
@@ -512,6 +515,9 @@ def token_entropy(logits):
     log_p = log_probs(logits.detach())
     return -(log_p.exp() * log_p).sum(-1).mean(), log_p.max(-1).values.exp().mean()
 
+
+# -----------------------------------------------------------------------------
+# Optimizers, averaged weights
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (Jordan et al. 2024: Nesterov momentum, its singular values pushed to about 1 by five
@@ -601,7 +607,8 @@ def precision_recall(real, fake, k=3):
 
 
 class Reference:
-    """What the metrics compare with: held-out renders of the shapes world, or every second image of the folder."""
+    """What the metrics compare with: held-out renders of the shapes world, or a random half of the folder (which the
+    models were trained on too)."""
 
     def __init__(self, source, n=5000):
         self.source = source
@@ -643,15 +650,22 @@ class Reference:
 
 
 def show_table(entries):
-    """Print rows of measurements, each with its sample count and reference."""
-    factor = list(entries[0].get('tv', {}))
+    """Print rows of measurements with sample count and reference, then what else they hold: rewards and tasks."""
+    factor, name = list(entries[0].get('tv', {})), lambda e: f'{e["name"]:26s}'
     print(f'\n{"":26s}passes  ms/image  toy FD  precision  recall  followed'
           + ''.join(f'{f"TV {x}":>15s}' for x in factor))
     for e in entries:
-        print(f'{e["name"]:26s}{e["passes"]:6d}{e["ms"]:10.2f}{e["toy_fd"]:8.2f}{e["precision"]:11.3f}'
-              f'{e["recall"]:8.3f}{e["accuracy"]:10.3f}' + ''.join(f'{e["tv"][x]:15.3f}' for x in factor))
+        print(f'{name(e)}{e["passes"]:6d}{e["ms"]:10.2f}{e["toy_fd"]:8.2f}{e["precision"]:11.3f}{e["recall"]:8.3f}'
+              f'{e["accuracy"]:10.3f}' + ''.join(f'{e["tv"][x]:15.3f}' for x in factor))
     print(f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against {entries[0]["reference"]}'
           + '; TV: total-variation distance of what the captions leave open from its known law' * bool(factor))
+    rows = [{**{k: e[k] for k in ('reward', 'held_out', 'clipped', 'saturation') if k in e}, **e.get('tasks', {})}
+            for e in entries]
+    if not rows[0]:
+        return
+    print('\n' + ' ' * 26 + ''.join(f'{k:>15s}' for k in rows[0]))
+    for e, row in zip(entries, rows):
+        print(name(e) + ''.join(f'{v:15.3f}' for v in row.values()))
 
 
 def image_rngs(seed, index):
@@ -692,7 +706,6 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
         json.dump(dict(config=config, rows=entries), file, indent=1)
     print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, samples: python sample.py '
           f'--ckpt {path}.pt')
-    return entries
 
 
 # -----------------------------------------------------------------------------
@@ -743,7 +756,8 @@ def pixels_224(images):
 def hub(call):
     """call(transformers); a missing package, folder or file ends with one line. Only safetensors are read."""
     try:
-        return call(importlib.import_module('transformers'))
+        import transformers
+        return call(transformers)
     except ImportError:
         raise SystemExit('published rewards need one more package: pip install transformers') from None
     except OSError as error:
@@ -944,7 +958,7 @@ if __name__ == '__main__':
         log = Log(out, step) if not bench else None
         print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images, {N} tokens '
               f'and {T} words, {steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
-    prompts = [images.batch(range(k, k + 1))[1][0] for k in np.linspace(0, images.length - 1, 32).astype(int)]
+    prompts = images.batch(np.linspace(0, images.length - 1, 32).astype(int))[1]
 
     def update():
         """One training step -> masked cross-entropy, gradient norm."""
@@ -961,11 +975,7 @@ if __name__ == '__main__':
                 logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
             loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only, as MaskGIT
             loss.backward()
-        average_gradients(net.parameters(), accumulate * world)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        return loss.detach(), norm
+        return loss.detach(), apply_gradients(list(net.parameters()), optimizers, accumulate * world)
 
     if bench:
         report_bench(update, batch_size, device, autocast)
@@ -993,13 +1003,10 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            if not torch.isfinite(norm):
-                raise SystemExit(f'step {step}: the gradient of the teacher is not finite; lower --lr. '
-                                 'The last checkpoint is good: --resume continues from it.')
+            check_finite(step, lr=norm)
         if step % log_every == 0 and rank == 0:
             row = dict(step=step, loss=round(smooth.item(), 4), norm=round(norm.item(), 4))
             bar.set_postfix(row, refresh=False)
             log.write(row)
     bar.close()
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()

@@ -8,7 +8,8 @@ and activation checkpointing. Added: a held-out reward that is never optimised a
 settings of the Di[M]O term (r_init, beta, tau, ...) are read from the checkpoint that the run starts from.
 
 $ python reward.py                              # from out/distill.pt; trains its two small reward models if missing
-$ python reward.py --w_dimo=0 --patience=0 --out_dir=out/hacking   # what happens without the Di[M]O term
+$ python reward.py --w_dimo=0 --patience=0 --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/hack
+                                                # what happens without the Di[M]O term
 $ python reward.py --relax=st --init=out/gan.pt # straight-through instead of soft, from another generator
 $ python reward.py --w_clip=0 --w_hps=5 --hps_path=HPS_v2.1_compressed.pt   # a published reward (needs transformers)
 $ torchrun --nproc_per_node=8 reward.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5
@@ -22,13 +23,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, aux_loss, average_gradients,
-                   categorical, configure, dimo_grad, ema_update, final_table, guided_logits, init_tokens, jeffreys,
-                   load_checkpoint, load_rewards, make_optimizers, one_step, progress, relaxed, remask, render,
-                   report_bench, restore, reward_sum, rng_for, same_tokens, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, token_entropy,
-                   word_ids, world_reward)
-from tokenizer import TASKS, wrong_caption
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, apply_gradients, aux_loss,
+                   categorical, check_finite, configure, dimo_grad, ema_update, end_processes, final_table,
+                   guided_logits, init_tokens, jeffreys, load_checkpoint, load_rewards, make_optimizers, one_step,
+                   progress, relaxed, remask, render, report_bench, restore, reward_sum, rng_for, same_tokens,
+                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
+                   surrogate, teacher_passes, token_entropy, word_ids, world_reward)
+from tokenizer import wrong_caption
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -77,7 +78,7 @@ clip = 1.0             # largest gradient norm, each network; paper 1
 image_clip = 3.0       # largest gradient norm of one image at the generator's input, 0 = none; paper 0
 ema_decay = 0.98       # averaged generator, which is what gets sampled; paper .9999
 # the teacher in the final table
-teacher_steps = 16     # passes of the confidence sampler
+teacher_steps = 16     # steps of the confidence sampler
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
@@ -190,13 +191,9 @@ class Judged(Reference):
         return dict(super().measure(images, captions), **means)
 
 
-def show_tasks(entries):
-    """Print what `final_table` does not: rewards and the six tasks."""
-    tasks = [t for t in TASKS if t in entries[0].get('tasks', {})]
-    print(f'\n{"":26s}  reward  held-out  clipped  saturation' + ''.join(f'{t:>15s}' for t in tasks))
-    for e in entries:
-        print(f'{e["name"]:26s}{e["reward"]:8.3f}{e["held_out"]:10.3f}{e["clipped"]:9.3f}{e["saturation"]:12.3f}'
-              + ''.join(f'{e["tasks"][t]:15.3f}' for t in tasks))
+def has_turned(held, patience):
+    """Early stopping: `patience` measurements of the held-out reward since its best; 0 = never."""
+    return bool(held and patience) and len(held) - 1 - held.index(max(held)) >= patience
 
 
 # -----------------------------------------------------------------------------
@@ -321,13 +318,7 @@ if __name__ == '__main__':
         numbers.update(grad_dimo=grad.norm() / micro, grad_reward=reward_grad.norm() / micro)
         return numbers, (logits.detach(), images.detach(), captions)
 
-    def finish(k):
-        """Average over processes, clip, step: network k -> its gradient norm."""
-        average_gradients(trained[k], accumulate * world)
-        norm = nn.utils.clip_grad_norm_(trained[k], clip)
-        for optimizer in optimizers[k]:
-            optimizer.step()
-        return norm
+    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
 
     if bench:
         report_bench(update, batch_size, device, autocast)
@@ -353,13 +344,13 @@ if __name__ == '__main__':
             if step:
                 save_checkpoint(out, dict(
                     stage='reward', step=step, config=config, args=generator.config, words=words, data=start['data'],
-                    prompts=start['prompts'], tokenizer=start['tokenizer'], net=generator.state_dict(), ema=best,
+                    prompts=start['prompts'], tokenizer=start['tokenizer'], net=generator.state_dict(),
+                    ema=best,  # the average at its best measurement; the running one is `average`
                     average=generator_ema.state_dict(), aux=aux.state_dict(), smooth=smooth, history=history,
                     optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]]))
             grid, _ = render(from_net(generator_ema), tokenizer, conditions(shown[:16]), seed)
             save_grid(f'{out_dir}/reward-{step:06d}.png', torch.cat([start_grid, grid]), shown[:16] * 2)
-            held = [h['held_out'] for h in history]
-            turned = bool(patience) and len(held) - 1 - held.index(max(held)) >= patience
+            turned = has_turned([h['held_out'] for h in history], patience)
         if world > 1 and step % save_every == 0:
             flag = torch.tensor(float(turned), device=device)
             dist.broadcast(flag, 0)
@@ -374,10 +365,7 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            for name, norm in (('generator', numbers['norm_generator']), ('aux', numbers['norm_aux'])):
-                if not torch.isfinite(norm):
-                    raise SystemExit(f'step {step}: the gradient of the {name} is not finite; lower --{name}_lr. '
-                                     'The last checkpoint is good: --resume continues from it.')
+            check_finite(step, generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'])
         if step % log_every == 0 and rank == 0:
             entropy, top = token_entropy(logits)
             row = {**numbers, **smooth, **reference.judge(images, captions), 'entropy': entropy, 'max_prob': top,
@@ -393,9 +381,8 @@ if __name__ == '__main__':
         kept = max(history, key=lambda h: h['held_out'] if patience else h['step'])['step']
         print(f'kept: step {kept}' + f', where the held-out reward was highest; stopped at {step}' * bool(patience))
         many = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
-        passes = 2 * teacher_steps if teacher_cfg != 1 else teacher_steps
-        show_tasks(final_table(out[:-3], {
+        passes = teacher_passes(teacher_steps, teacher_cfg)
+        final_table(out[:-3], {
             f'teacher, {teacher_steps} steps': (passes, many), f'start, {start["stage"]}': (1, from_net(start_net)),
-            'rewarded, 1 step': (1, from_net(generator_ema))}, tokenizer, reference, conditions, n_eval, seed, config))
-    if world > 1:
-        dist.destroy_process_group()
+            'rewarded, 1 step': (1, from_net(generator_ema))}, tokenizer, reference, conditions, n_eval, seed, config)
+    end_processes()

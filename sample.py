@@ -25,9 +25,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from model import (MDM, Images, Reference, Tokenizer, configure, frechet_distance, image_rngs, load_checkpoint,
-                   load_teacher, one_step, precision_recall, progress, render, restore, rng_for, sample_teacher,
-                   save_grid, show_table, start_processes, word_ids, writing)
+from model import (MDM, Images, Reference, Tokenizer, configure, end_processes, frechet_distance, image_rngs,
+                   load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
+                   sample_teacher, save_grid, show_table, start_processes, teacher_passes, word_ids, writing)
 from tokenizer import WORLDS
 
 # -----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ prompt = ''            # one caption for all images; '' takes captions of the tr
 label = ''             # class name or number, for a model trained on a folder
 n = 32                 # images
 seed = 0               # image k follows from (seed, k)
-steps = 0              # passes of a teacher, 0 = 16; a generator takes one
+steps = 0              # steps of a teacher, 0 = 16; a generator takes one
 cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
 gumbel = 4.0           # Gumbel temperature of the teacher's confidence, falling to 0
 law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
@@ -222,7 +222,7 @@ if __name__ == '__main__':
             raise SystemExit(f'sample.py: {error}') from None
 
     def passes(cfg_scale):
-        return steps * (1 + (is_teacher and steps > 1 and cfg_scale != 1))
+        return teacher_passes(steps, cfg_scale) if is_teacher else 1
 
     if metrics and inception:
         if length > 1:
@@ -245,8 +245,7 @@ if __name__ == '__main__':
             with writing(path), open(path, 'w') as file:
                 json.dump(dict(row, ckpt=ckpt, step=state['step'], seed=seed, ref=ref, sha256=digest), file)
             print(f'-> {path}')
-        if world > 1:
-            dist.destroy_process_group()
+        end_processes()
         raise SystemExit
 
     if metrics or sweep:
@@ -268,8 +267,6 @@ if __name__ == '__main__':
         show_table(entries)
         print(f'image seeds ({seed}, 0..{n_metrics - 1}), {steps} step(s), tau {tau:g}, weights {weights} of training '
               f'step {state["step"]}')
-        for task, share in entries[-1].get('tasks', {}).items():
-            print(f'  {task:14s} {share:.3f}   (real {entries[0]["tasks"][task]:.3f})')
         path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}.json'
         with writing(path), open(path, 'w') as file:
             json.dump(dict(ckpt=ckpt, step=state['step'], seed=seed, rows=entries), file, indent=1)

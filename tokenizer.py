@@ -79,8 +79,8 @@ LAYOUTS = np.array([[(8, 8)] * 4,                      # top left corners (row, 
                     [(8, 0), (8, 16)] * 2, [(8, 16), (8, 0)] * 2, [(0, 8), (16, 8)] * 2, [(16, 8), (0, 8)] * 2])
 RELATIONS = ('left of', 'right of', 'above', 'below')
 TASKS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')  # GenEval's six
-WORDS = ('a', 'and', *NUMBERS, *COLORS, *SHAPES, *(s + ('es' if s == 'cross' else 's') for s in SHAPES), 'shape',
-         'left', 'right', 'of', 'above', 'below')
+PLURALS = ('circles', 'squares', 'triangles', 'crosses')
+WORDS = ('a', 'and', *NUMBERS, *COLORS, *SHAPES, *PLURALS, 'shape', 'left', 'right', 'of', 'above', 'below')
 CAPTION_LENGTH = 8                                     # 'a red circle left of a blue square'
 PALETTE = np.array([*COLORS.values(), *BACKGROUNDS], dtype=np.float32)
 
@@ -105,10 +105,9 @@ PHRASE = rf'(a|{"|".join(NUMBERS)}) ?(|{"|".join(COLORS)}) ({"|".join(SHAPES)}|s
 def caption_of(task, u, color, shape, relation, n):
     """The words for one image; `u` decides between the two forms of the colour task."""
     colored = [f'{list(COLORS)[c]} {SHAPES[s]}' for c, s in zip(color, shape)]
-    plural = WORDS[WORDS.index('circles') + shape[0]]
     return (f'a {SHAPES[shape[0]]}',
             f'a {SHAPES[shape[0]]} and a {SHAPES[shape[1]]}',
-            f'{list(NUMBERS)[n - 2]} {list(COLORS)[color[0]]} {plural}',
+            f'{list(NUMBERS)[n - 2]} {list(COLORS)[color[0]]} {PLURALS[shape[0]]}',
             f'a {colored[0]}' if u < 0.5 else f'a {list(COLORS)[color[0]]} shape',
             f'a {colored[0]} {RELATIONS[relation]} a {colored[1]}',
             f'a {colored[0]} and a {colored[1]}')[task]
@@ -233,8 +232,7 @@ def check(images, captions):
 def wrong_caption(caption, u):
     """The caption with one fact changed (a colour, a shape, the number or the relation), chosen by u in [0, 1)."""
     words = caption.split()
-    groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, WORDS[WORDS.index('circles'):][:4], ('left', 'right'),
-              ('above', 'below'))
+    groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, PLURALS, ('left', 'right'), ('above', 'below'))
     places = [(k, g) for k, w in enumerate(words) for g in groups if w in g]
     k, group = places[int(u * len(places))]
     rest = [w for w in group if w != words[k]]
@@ -253,15 +251,13 @@ def factors(images, captions, world='shapes'):
     place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
     image, size = found['image'], found['size']                                           # in the order of the images
     pair = (image[1:] == image[:-1]) & known[1:] & known[:-1] & ~alone[1:]                # two objects of one image
-    table = {'size': (size[known], range(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, range(2)),  # alike or not
-             'position': (place[alone], range(4)),
-             'color': (found['color'][unnamed(0)], range(4)), 'shape': (found['shape'][unnamed(1)], range(4)),
-             'background': (found['background'], range(4) if world == 'shapes-open' else range(1))}
-    def distance(values, support):
+    table = {'size': (size[known], 2), 'pairs': ((size[1:] == size[:-1])[pair] + 0, 2),  # alike or not
+             'position': (place[alone], 4),
+             'color': (found['color'][unnamed(0)], 4), 'shape': (found['shape'][unnamed(1)], 4),
+             'background': (found['background'], 4 if world == 'shapes-open' else 1)}
+    def distance(values, k):                                                             # the law: uniform on 0..k-1
         share = np.bincount(values, minlength=4) / max(1, len(values))
-        truth = np.zeros(4)
-        truth[list(support)] = 1 / len(support)
-        return float(abs(share - truth).sum() / 2)
+        return float(abs(share - (np.arange(4) < k) / k).sum() / 2)
     return {name: distance(*row) for name, row in table.items()}
 
 
@@ -276,8 +272,8 @@ def read_image(path, size):
             image = ImageOps.exif_transpose(image)
             if image.mode in ('I', 'F') or image.mode.startswith('I;16'):  # deep grey: to 8 bits, by its range
                 grey = np.asarray(image, np.float64)
-                scale = 1 / 257 if ';16' in image.mode or grey.max() > 255 else 1 if grey.max() > 1 else 255
-                image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+                top = 65535 if ';16' in image.mode or grey.max() > 255 else 255 if grey.max() > 1 else 1
+                image = Image.fromarray((grey * 255 / top).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
             return np.asarray(ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BICUBIC))
@@ -804,6 +800,13 @@ def start_processes():
     return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def end_processes():
+    """Leave the group together: rank 0 may still be measuring."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def is_rank0():
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -825,8 +828,9 @@ def rng_for(seed, step, part=0, device='cpu'):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
 
-def average_gradients(parameters, parts):
-    """Divide accumulated gradients by `parts` and average them over all processes with one all-reduce."""
+def apply_gradients(parameters, optimizers, parts, clip=1.0):
+    """Divide accumulated gradients by `parts`, average them over all processes with one all-reduce, clip their norm,
+    step. -> the norm before the clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     if dist.is_initialized():
@@ -834,6 +838,18 @@ def average_gradients(parameters, parts):
     flat /= parts
     for g, part in zip(grads, flat.split([g.numel() for g in grads])):
         g.copy_(part.view_as(g))
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
+
+def check_finite(step, **norms):
+    """End the run before a broken state is saved; gradient norms by the setting to lower."""
+    for name, norm in norms.items():
+        if not torch.isfinite(norm):
+            raise SystemExit(f'step {step}: a gradient is not finite; lower --{name}. The last checkpoint is good: '
+                             '--resume continues from it.')
 
 
 def same_weights(*networks):
@@ -886,7 +902,7 @@ def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
     kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
     temporary = f'{path}.{os.getpid()}.tmp'
-    if not all(v.isfinite().all() for v in state.get('net', {}).values()):
+    if not all(v.isfinite().all() for part in ('net', 'ema') for v in state.get(part, {}).values()):
         raise SystemExit(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
                          'rates. The last checkpoint is good: --resume continues from it.')
     try:
@@ -906,26 +922,24 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, stage='', hint='', fallback=False):
     """Read a checkpoint of ours onto the CPU without executing code; `stage` is what it must be (words separated by
     '|'). With `fallback` an unreadable newest file is reported and the previous one used. Exits with one line."""
-    problem = None
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        problem = f'{path}: no such checkpoint'
+        problem = 'no such checkpoint'
     except Exception as error:  # torch raises many kinds here
         unsafe = type(error).__name__ == 'UnpicklingError' and os.path.getsize(path) > 0
-        reason = (str(error) or 'empty').splitlines()[0][:80]
-        problem = (f'{path}: refused, it holds more than tensors and plain containers (nothing in it was executed)'
-                   if unsafe else f'{path}: truncated or not a checkpoint ({reason})')
-    if problem is None and not (isinstance(state, dict) and isinstance(state.get('stage'), str)):
-        problem = f'{path}: not a checkpoint of this project (no "stage" entry)'
-    if problem is None and stage and state['stage'] not in stage.split('|'):
-        problem = f'{path}: is a {state["stage"]} checkpoint, expected {stage.replace("|", " or ")}'
-    if problem is None:
-        return state
+        problem = ('refused, it holds more than tensors and plain containers (nothing in it was executed)' if unsafe
+                   else f'truncated or not a checkpoint ({(str(error) or "empty").splitlines()[0][:80]})')
+    else:
+        found = state.get('stage') if isinstance(state, dict) else None
+        if isinstance(found, str) and (not stage or found in stage.split('|')):
+            return state
+        problem = (f'is a {found} checkpoint, expected {stage.replace("|", " or ")}' if isinstance(found, str)
+                   else 'not a checkpoint of this project (no "stage" entry)')
     if fallback and os.path.exists(previous(path)):
-        print(f'{problem}; using the previous one, {previous(path)}')
+        print(f'{path}: {problem}; using the previous one, {previous(path)}')
         return load_checkpoint(previous(path), stage, hint)
-    raise SystemExit(f'{problem}. {hint}'.strip())
+    raise SystemExit(f'{path}: {problem}. {hint}'.strip())
 
 
 class Inert:
@@ -1025,10 +1039,10 @@ class Log:
             file.write(json.dumps(row) + '\n')
 
 
-def save_grid(path, images, captions=(), columns=8, scale=3):
+def save_grid(path, images, captions=(), columns=8):
     """Images (n, 3, H, W) in [-1, 1] -> one PNG, `columns` per row, each with its caption below if given."""
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    scale = max(1, scale * 32 // images.shape[-1]) if images.shape[-1] <= 96 else 1
+    scale = max(1, 96 // images.shape[-1])
     width, height = pixels.shape[2] * scale + 4, pixels.shape[1] * scale + 4 + (30 if len(captions) else 0)
     sheet = Image.new('RGB', (columns * width, -(-len(pixels) // columns) * height), 'white')
     pen = ImageDraw.Draw(sheet)
@@ -1131,9 +1145,7 @@ if __name__ == '__main__':
             vq = F.mse_loss(q, z.detach()) + commitment * F.mse_loss(z, q.detach())      # VQ-VAE Eq. 3
             (F.l1_loss(y, x) + F.mse_loss(y, x) + vq).backward()
             usage.add_(torch.bincount(net.nearest(z.detach()).flatten(), minlength=n_codes))
-        average_gradients(net.parameters(), accumulate * world)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        norm = apply_gradients(list(net.parameters()), [optimizer], accumulate * world)
         return (y - x).detach().abs().mean(), vq.detach(), norm
 
     def new_codes(k):
@@ -1180,9 +1192,7 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            if not torch.isfinite(norm):
-                raise SystemExit(f'step {step}: the gradient of the tokenizer is not finite; lower --lr. '
-                                 'The last checkpoint is good: --resume continues from it.')
+            check_finite(step, lr=norm)
         if step % log_every == 0 and rank == 0:
             row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5), norm=round(norm.item(), 4),
                        used=int((usage > 0).sum()))
@@ -1199,5 +1209,4 @@ if __name__ == '__main__':
         perplexity = torch.exp(-(share * (share + 1e-12).log()).sum())
         print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
               f'{(share > 0).sum()} of {n_codes}, perplexity {perplexity:.1f} -> {out}')
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()

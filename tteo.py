@@ -168,8 +168,8 @@ if __name__ == '__main__':
         return held_out(images, captions[part]), torch.from_numpy(right).to(device)
 
     def run(label, iterates, passes):
-        """Collect a batch-wise generator of iterates: [(passes, kept score, held-out, followed) (B,)], first and last
-        images, milliseconds per image without the reporting."""
+        """Collect a batch-wise generator of iterates -> (iterates, 5, n): kept score, held-out, followed, current
+        score, distance; first and last images; milliseconds per image without the reporting."""
         rows, first, last, spent, bar = [[] for _ in passes], [], [], 0.0, progress(n * len(passes), label)
         for part in (slice(k, k + batch) for k in range(0, n, batch)):
             clock = time.time()
