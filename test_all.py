@@ -1444,9 +1444,19 @@ def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run():
     with tempfile.TemporaryDirectory() as root:
         for name in ('tokenizer', 'model', 'distill', 'rewards'):
             os.link(f'{reward_run()[0]}/{name}.pt', f'{root}/{name}.pt')
-        must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, '--w_dimo=0', '--steps=24')
-        rewards = [row['reward'] for row in json.load(open(f'{root}/reward.json'))['rows']]
-        assert rewards[-1] > rewards[-2], rewards                              # the table's last rows: rewarded, start
+        must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, '--w_dimo=0', '--warmup=0')
+        start, end = (torch.load(f'{root}/{stage}.pt') for stage in ('distill', 'reward'))
+        cond, means = start['prompts'][:200].long(), []
+        captions = [' '.join(T.WORDS[k] for k in row if k < len(T.WORDS)) for row in cond.tolist()]
+        judge = M.world_reward(f'{root}/rewards.pt', 'clip', 'cpu')
+        tokenizer = T.Tokenizer.from_checkpoint(start['tokenizer'])
+        for weights in (start['ema'], end['net']):
+            generator = M.MDM(**start['args'])
+            generator.load_state_dict(weights)
+            logits, _ = M.one_step(generator, cond, 0.9, 0.03, rng=torch.Generator().manual_seed(0))
+            means.append(judge(tokenizer.decode(logits.softmax(-1)), captions).mean().item())
+        print(f'    reward {means[0]:.4f} -> {means[1]:.4f}')
+        assert means[1] > means[0]
     assert not reward.has_turned([], 3) and not reward.has_turned([1, 5, 4, 3], 3) and not reward.has_turned([9, 1], 0)
     assert reward.has_turned([1, 5, 4, 3, 4.9], 3) and not reward.has_turned([1, 5, 4, 3, 6], 3)
 
