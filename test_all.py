@@ -766,6 +766,30 @@ def test_distillation_moves_both_networks_but_not_the_embedding_tables():
         moved = {key for key in teacher if not torch.equal(teacher[key], student[name][key])}
         assert moved == set(teacher) - {'tok_emb.weight', 'cond_emb.weight'}, (name, set(teacher) - moved)
 
+def test_each_update_alone_moves_its_network_the_right_way():
+    rng = lambda: torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as root:
+        folder = ready_for('distill.py', f'{root}/out')
+        networks = {}
+        for part, off in (('net', 'aux'), ('aux', 'generator')):             # train one, keep the other where it starts
+            must_run('distill.py', f'--out_dir={folder}', f'--{off}_lr=0', f'--{off}_muon=0', '--warmup=0',
+                     '--cfg_scale=3', '--tau=0.05', '--steps=20', '--teacher_steps=1')
+            saved = torch.load(f'{folder}/distill.pt')
+            networks[part] = M.MDM(**saved['args'])
+            networks[part].load_state_dict(saved[part])
+        teacher = M.MDM(**saved['args'])
+        teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
+    cond = saved['prompts'][:500].long()
+    with torch.no_grad():
+        (before, tokens), (after, _) = (M.one_step(net, cond, tau=0.05, rng=rng()) for net in (teacher, networks['net']))
+        x_t, mask = M.remask(tokens, teacher.mask_id, 'arccos', rng())
+        grad = M.dimo_grad(M.guided_logits(teacher, x_t, cond, 3), teacher(x_t, cond), mask, distill.beta)
+        moved = ((after - before) * grad).sum().item()
+        losses = [M.aux_loss(net(x_t, cond), tokens, mask).item() for net in (teacher, networks['aux'])]
+    print(f'    logits moved along the divergence gradient by {moved:.3f}; auxiliary loss {losses[0]:.4f} -> '
+          f'{losses[1]:.4f}')
+    assert moved < 0 and losses[1] < losses[0]
+
 def test_gan_ends_with_its_table_log_and_pictures():
     folder, text = tiny_run()[0], tiny_run()[1]['gan.py']
     names = [r['name'] for r in json.load(open(f'{folder}/gan.json'))['rows']]
