@@ -61,7 +61,8 @@ beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; relea
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
-p_full = 0.5           # further share of re-maskings at t = 1, where global choices are judged; paper 0
+p_full = 0.25          # share of re-maskings that hide everything, where global choices are judged; paper 0
+p_near = 0.25          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -175,7 +176,7 @@ if __name__ == '__main__':
         for k in range(accumulate):
             rng = rng_for(seed, step, rank * accumulate + k, device)
             cond, logits, tokens = draw_batch(rng)
-            x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
+            x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
             with torch.no_grad(), autocast:
                 teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
             with torch.set_grad_enabled(reuse), autocast:
@@ -192,7 +193,7 @@ if __name__ == '__main__':
                 rng = rng_for(seed, step, ('fresh', rank * accumulate + k), device)
                 with torch.no_grad():
                     cond, _, tokens = draw_batch(rng)
-                x_t, fresh_mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
+                x_t, fresh_mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
                 with autocast:
                     psi_loss = aux_loss(aux(x_t, cond), tokens, fresh_mask, label_smoothing)
                 psi_loss.backward()

@@ -75,7 +75,8 @@ beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
-p_full = 0.5           # further share of re-maskings at t = 1; paper 0
+p_full = 0.25          # share of re-maskings that hide everything; paper 0
+p_near = 0.25          # share that shows 1 to N / 8 tokens; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled (below .985 for 600 steps); paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -294,7 +295,7 @@ if __name__ == '__main__':
             grad = torch.zeros_like(logits, dtype=torch.float32)              # of the whole loss at the logits, times B
             # Di[M]O: the regulariser, and the auxiliary model's own loss
             if w_dimo:
-                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
+                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
                 with torch.no_grad(), autocast:
                     teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
                 with autocast:

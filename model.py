@@ -52,6 +52,7 @@ lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along 
 muon_lr = 0.02         # Muon on the matrices of the trunk: a third of AdamW's steps here; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
 schedule = 'arccos'    # law of the mask ratio: arccos or cosine
+p_full = 0.15          # further share of images masked wholly: the student learns its modes there; MaskGIT 0
 p_drop = 0.1           # share of captions replaced by the null condition, for guidance
 ema_decay = 0.995      # averaged weights, which are the teacher
 # system
@@ -334,11 +335,14 @@ def add_noise(emb, sigma, rng=None):
     return math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
 
 
-def remask(tokens, mask_id, schedule, rng, p_full=0.0):
-    """Forward process on the generator's samples: tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule,
-    or t = 1 with probability p_full (Di[M]O, arXiv 2503.15457, one-step generator)."""
-    u, full = random_numbers((2, len(tokens)), rng, tokens.device)
-    t = mask_ratio(u, schedule).masked_fill(full < p_full, 1.0)
+def remask(tokens, mask_id, schedule, rng, p_full=0.0, p_near=0.0):
+    """Forward process on tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule (Di[M]O, arXiv 2503.15457,
+    one-step generator). Ours: with probability p_full everything is masked, where only marginals are judged, and with
+    p_near all but 1 to N / 8 tokens, which shows one object or choice and asks for the others."""
+    u, kind = random_numbers((2, len(tokens)), rng, tokens.device)
+    N = tokens.shape[1]
+    t = mask_ratio(u, schedule).masked_fill(kind < p_near + p_full, 1.0)
+    t = torch.where(kind < p_near, 1 - (u * N / 8).ceil() / N, t)
     mask = mask_tokens(tokens, t, rng)
     return tokens.masked_fill(mask, mask_id), mask
 
@@ -970,9 +974,9 @@ if __name__ == '__main__':
             rows = torch.from_numpy(dataset[index.cpu().numpy()])
             tokens, cond = rows.long().to(device).split([N, T], 1)
             cond = torch.where(random_numbers((micro, 1), rng, device) < p_drop, net.null(cond), cond)
-            mask = mask_tokens(tokens, mask_ratio(random_numbers((micro,), rng, device), schedule), rng)
+            x, mask = remask(tokens, net.mask_id, schedule, rng, p_full)
             with autocast:
-                logits = forward(tokens.masked_fill(mask, net.mask_id), cond)
+                logits = forward(x, cond)
             loss = F.cross_entropy(logits[mask].float(), tokens[mask])       # masked positions only, as MaskGIT
             loss.backward()
         return loss.detach(), apply_gradients(list(net.parameters()), optimizers, accumulate * world)

@@ -211,9 +211,9 @@ if __name__ == '__main__':
     same_tokens(packed, start, teacher_path, init_path)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
-    r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, freeze_tables = (
+    r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, p_near, freeze_tables = (
         start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'beta', 'cfg_scale', 'schedule', 'p_full',
-                                         'freeze_tables'))
+                                         'p_near', 'freeze_tables'))
     config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
     source = Images(start['data'], tokenizer.config['image_size'], expected=words)
 
@@ -295,7 +295,7 @@ if __name__ == '__main__':
             reward_grad = z.grad                                             # per image, as `grad`
             grad = torch.zeros_like(reward_grad)
             if w_dimo:  # Di[M]O at x_t, as in distill.py, and the auxiliary model with its own loss
-                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full)
+                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
                 with torch.no_grad(), autocast:
                     teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
                 with autocast:

@@ -611,6 +611,11 @@ def test_remasking_hides_masked_tokens_only():
     assert (x_t[mask] == 12).all() and torch.equal(x_t[~mask], tokens[~mask])
     assert 0.5 < mask.float().mean() < 0.8                                     # 2 / pi on average
     assert M.remask(tokens, 12, 'arccos', None, p_full=1.0)[1].all()
+    tokens = torch.randint(12, (400, 32))                                      # p_near: 1 to 32 / 8 of them stay
+    seen = (~M.remask(tokens, 12, 'arccos', torch.Generator().manual_seed(0), p_near=1.0)[1]).sum(1)
+    assert set(seen.tolist()) == {1, 2, 3, 4} and seen.bincount()[1:].min() > 75
+    kinds = M.remask(tokens, 12, 'arccos', torch.Generator().manual_seed(0), p_full=0.5, p_near=0.5)[1].sum(1)
+    assert 150 < (kinds == 32).sum() < 250 and (kinds >= 28).all()
 
 def test_gradients_flow_from_one_step_to_the_generator_only():
     generator, teacher = small_model(), small_model().requires_grad_(False)
@@ -781,7 +786,8 @@ def test_each_update_alone_moves_its_network_the_right_way():
         teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
     cond = saved['prompts'][:500].long()
     with torch.no_grad():
-        (before, tokens), (after, _) = (M.one_step(net, cond, tau=0.05, rng=rng()) for net in (teacher, networks['net']))
+        draw = lambda net: M.one_step(net, cond, tau=0.05, rng=rng())
+        (before, tokens), (after, _) = draw(teacher), draw(networks['net'])
         x_t, mask = M.remask(tokens, teacher.mask_id, 'arccos', rng())
         grad = M.dimo_grad(M.guided_logits(teacher, x_t, cond, 3), teacher(x_t, cond), mask, distill.beta)
         moved = ((after - before) * grad).sum().item()

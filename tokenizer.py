@@ -731,7 +731,7 @@ ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosi
                weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
 LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
              teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6)
-SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
+SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
 
 
 def configure(g, argv=None):
