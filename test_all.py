@@ -839,6 +839,15 @@ def test_gan_warns_once_of_a_saturated_discriminator_and_of_mere_sharpening():
                         '--r_max=0')
         assert text.count(wins) == 1
 
+def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses():
+    with tempfile.TemporaryDirectory() as root:
+        nets = []
+        for switch in ('false', 'true'):
+            folder = ready_for('gan.py', f'{root}/{switch}')
+            must_run('gan.py', f'--out_dir={folder}', '--steps=4', '--hinge', f'--grad_checkpoint={switch}')
+            nets.append(torch.load(f'{folder}/gan.pt')['net'])
+        same(*nets)
+
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
     text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
     rows = re.findall(r'(?:decoder|first block) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)', text)
@@ -860,6 +869,14 @@ def test_metrics_print_their_sample_count_seeds_and_reference():
         text = must_run('sample.py', *ask, '--steps=2')
         assert '30 images per row' in text and '5000 held-out renders' in text and 'seeds (0, 0..29)' in text
         assert all(task in text for task in T.TASKS)
+
+def test_a_sweep_measures_sixteen_settings_of_a_teacher():
+    with tempfile.TemporaryDirectory() as root:
+        folder = ready_for('distill.py', f'{root}/out')
+        must_run('sample.py', '--ckpt', f'{folder}/model.pt', '--sweep', '--steps=2', '--n_metrics=20')
+        rows = json.load(open(f'{folder}/model-sweep.json'))['rows']
+        assert len({r['name'] for r in rows} - {'real images'}) >= 16 and all(r['toy_fd'] > 0 for r in rows), rows
+        must_refuse('sample.py', '--ckpt', f'{tiny_run()[0]}/distill.pt', '--sweep', words='is a one-step generator')
 
 def test_folder_goes_through_the_whole_pipeline():
     with tempfile.TemporaryDirectory() as root:
@@ -1536,6 +1553,8 @@ def test_tteo_writes_its_table_curve_and_grid():
         assert 'best of 9' in text and 'TTEO, 2 x 2 steps' in text and 'seeds (0, 0..4)' in text
         files[batch] = json.load(open(f'{folder}/t{batch}.json'))
         assert all(os.path.exists(f'{folder}/t{batch}{k}.png') for k in ('', '-curve'))
+    assert 'tokens output' in must_run('tteo.py', *ask, '--n=5', '--output=tokens')
+    assert [r['passes'] for r in json.load(open(f'{folder}/t100.json'))['trajectory']] == [4, 8, 12]
     kept = [r['kept'] for r in files[100]['trajectory']]
     assert kept == sorted(kept) and [r['passes'] for r in files[100]['trajectory']] == [3, 6, 9]
     assert [r['passes'] for r in files[100]['table']] == [1, 9, 9] and files[100]['best_of'][-1]['passes'] == 9
