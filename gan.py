@@ -71,7 +71,7 @@ weight_decay = 0.0     # paper .01 in the long MaskBit run
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network; paper 1
-beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL
+beta = 0.0             # generalized Jeffreys: 0 forward KL, which covers modes; 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
