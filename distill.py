@@ -4,7 +4,9 @@ Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many st
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
 losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
 one auxiliary pass both losses: 8 forward-equivalents per guided step instead of 10, a backward counting two
-(--reuse=false: the released order). No real data enters: the loop sees captions, the teacher, and its own samples.
+(--reuse=false: the released order); half of the re-maskings hide (nearly) everything, as global choices are judged
+only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher, and its
+own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
