@@ -19,6 +19,8 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -847,6 +849,30 @@ def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses():
             must_run('gan.py', f'--out_dir={folder}', '--steps=4', '--hinge', f'--grad_checkpoint={switch}')
             nets.append(torch.load(f'{folder}/gan.pt')['net'])
         same(*nets)
+
+def test_a_gan_run_leaves_no_gradient_in_its_teacher():
+    with tempfile.TemporaryDirectory() as root:
+        folder = ready_for('gan.py', f'{root}/out')
+        command = [f'{HERE}/gan.py', *TINY['gan.py'], *OFTEN, '--steps=2', f'--out_dir={folder}']
+        with mock.patch.object(sys, 'argv', command), contextlib.redirect_stderr(io.StringIO()):
+            seen = []
+            printed(lambda: seen.append(runpy.run_path(command[0], run_name='__main__')))
+        teacher, disc = seen[0]['teacher'], seen[0]['disc']
+        same(dict(teacher.state_dict()), torch.load(f'{folder}/model.pt')['ema'])
+        assert all(p.grad is None for p in teacher.parameters())
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in disc.heads[0].enter.parameters())
+
+def test_compiled_networks_give_the_same_log():
+    if not shutil.which('g++'):
+        raise SkipTest('torch.compile needs a C++ compiler')
+    with tempfile.TemporaryDirectory() as root:
+        rows = []
+        for folder in (tiny_run()[0], ready_for('distill.py', f'{root}/out')):
+            if rows:
+                must_run('distill.py', f'--out_dir={folder}', '--compile', '--steps=4', '--teacher_steps=1')
+            rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
+    for plain, compiled in zip(*rows, strict=True):
+        assert all(abs(plain[k] - compiled[k]) <= 1e-3 * (1 + abs(plain[k])) for k in plain), (plain, compiled)
 
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
     text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
