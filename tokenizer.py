@@ -513,44 +513,30 @@ class Level(nn.Module):
         return h
 
 
-class Encoder(nn.Module):
-    def __init__(self, ch, widths, n_res, z, groups, plain, attend, mid):
-        super().__init__()
-        last, blocks = len(widths) - 1, range(n_res)
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=not plain)
-        self.down = nn.ModuleList([Level(c_in, c, n_res, groups, plain, blocks if str(i) in attend else (),
-                                         'down' if i < last else '')
-                                   for i, (c_in, c) in enumerate(zip([ch, *widths], widths))])
-        self.mid = Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ())
-        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], z, 1 if plain else 3, padding=0 if plain else 1)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+def encoder(ch, widths, n_res, z, groups, plain, attend, mid):
+    """Images (B, 3, H, W) -> (B, z, grid, grid), a level for each of `widths`; `attend` names those with attention."""
+    last, blocks = len(widths) - 1, range(n_res)
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(3, ch, 3, padding=1, bias=not plain),
+        down=nn.Sequential(*(Level(c_in, c, n_res, groups, plain, blocks if str(i) in attend else (),
+                                   'down' if i < last else '')
+                             for i, (c_in, c) in enumerate(zip([ch, *widths], widths)))),
+        mid=Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ()),
+        norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], z, 1 if plain else 3, padding=0 if plain else 1)))
 
 
-class Decoder(nn.Module):
-    """Levels are kept in running order, the deepest first."""
-
-    def __init__(self, widths, n_res, z, groups, plain, attend, mid):
-        super().__init__()
-        last, blocks = len(widths) - 1, range(n_res)
-        self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
-        self.mid = Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ())
-        self.up = nn.ModuleList([Level(widths[min(i + 1, last)], widths[i], n_res, groups, plain,
-                                       blocks if str(i) in attend else (), 'up' if i else '')
-                                 for i in range(last, -1, -1)])
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))
-        for level in self.up:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(widths, n_res, z, groups, plain, attend, mid):
+    """(B, z, grid, grid) -> images (B, 3, H, W). Levels stand in running order, the deepest first."""
+    last, blocks = len(widths) - 1, range(n_res)
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(z, widths[-1], 3, padding=1),
+        mid=Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ()),
+        up=nn.Sequential(*(Level(widths[min(i + 1, last)], widths[i], n_res, groups, plain,
+                                 blocks if str(i) in attend else (), 'up' if i else '')
+                           for i in range(last, -1, -1))),
+        norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
 
 
 class Tokenizer(nn.Module):
@@ -575,7 +561,7 @@ class Tokenizer(nn.Module):
         self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
         self.N = self.S * self.grid ** 2
         self.batch = max(1, min(250, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
-        self.encoder = Encoder(ch, widths, n_res, z, groups, plain, attend, mid)
+        self.encoder = encoder(ch, widths, n_res, z, groups, plain, attend, mid)
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))                            # (V, code_dim)
             self.quant_conv = self.post_quant_conv = nn.Identity()
@@ -583,7 +569,7 @@ class Tokenizer(nn.Module):
             self.quant_conv = nn.Conv2d(z, code_dim, 1)
             self.codebook = nn.Embedding(n_codes, code_dim)
             self.post_quant_conv = nn.Conv2d(code_dim, z, 1)
-        self.decoder = Decoder(widths, up or n_res, z, groups, plain, attend, mid)
+        self.decoder = decoder(widths, up or n_res, z, groups, plain, attend, mid)
 
     @property
     def table(self):
