@@ -392,58 +392,53 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
         rank, world = dist.get_rank(), dist.get_world_size()
         dist.barrier()
     if missing:
-        part, done = path + '.part', path + '.done'              # rows; a byte per image: 0 to do, 1 good, 2 bad
+        part, new = path + '.partial', path + '.tmp'
         copies, width = 1 + flips, tokenizer.N + images.caption_length
         largest = max(tokenizer.V - 1, len(images.words))
         kind = next(t for t in (np.int8, np.int16, np.int32) if np.iinfo(t).max >= largest)
-        if rank == 0 and not (os.path.exists(part) and os.path.exists(done)):
+        if rank == 0 and not os.path.exists(part):               # an image's rows, then 0 to do, 1 good or 2 bad
             with writing(path):
-                np.lib.format.open_memmap(part, 'w+', kind, (images.length * copies, width)).flush()
-                np.zeros(images.length, np.uint8).tofile(done)
+                np.lib.format.open_memmap(new, 'w+', kind, (images.length, copies * width + 1)).flush()
+                os.replace(new, part)
         if world > 1:
             dist.barrier()
-        state, offset = np.fromfile(done, np.uint8), np.load(part, mmap_mode='r').offset
+        table = np.load(part, mmap_mode='r')
         bar = progress(images.length, 'encoding images')
         for start in range(rank * batch, images.length, world * batch):
             index = np.arange(start, min(start + batch, images.length))
             bar.update(min(world * batch, images.length - start))
-            if state[index].all():
+            if table[index, -1].all():
                 continue
             pixels, captions = images.batch(index, substitute=False)
             good = np.array([images.is_world or images.files[i][0] not in images.bad for i in index])
-            rows = np.zeros((len(index), copies, width), kind)
+            rows = np.full((len(index), copies * width + 1), 2, kind)
             if captions:
                 views = (pixels, pixels.flip(-1))[:copies]
                 ids = torch.stack([torch.cat([tokenizer.encode(x.to(device)) for x in v.split(tokenizer.batch)])
                                    for v in views], 1).cpu()                             # (B, copies, N)
                 cond = word_ids(captions, images.words, images.caption_length)
-                rows[good] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).numpy()
-            for name, at, values in ((part, offset + start * rows[0].nbytes, rows),
-                                     (done, start, np.where(good, 1, 2).astype(np.uint8))):
-                with writing(name), open(name, 'r+b') as file:
-                    file.seek(at)
-                    file.write(values.tobytes())
+                rows[good, :-1] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).flatten(1).numpy()
+                rows[good, -1] = 1
+            with writing(part), open(part, 'r+b') as file:
+                file.seek(table.offset + start * rows[0].nbytes)
+                file.write(rows.tobytes())
         bar.close()
         if world > 1:
             dist.barrier()
         if rank == 0:
-            state = np.fromfile(done, np.uint8)
-            if (state == 2).any():
-                print(f'{(state == 2).sum()} of {images.length} files were skipped')
-            if not (state == 1).any():
+            table = np.load(part, mmap_mode='r')
+            keep = np.flatnonzero(table[:, -1] == 1)
+            if len(keep) < images.length:
+                print(f'{images.length - len(keep)} of {images.length} files were skipped')
+            if not len(keep):
                 raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
-            with writing(path):
-                if (state == 2).any():                           # close the gaps, in a new file
-                    full, keep = np.load(part, mmap_mode='r'), np.flatnonzero(np.repeat(state == 1, copies))
-                    tight = np.lib.format.open_memmap(path + '.tmp', 'w+', kind, (len(keep), width))
-                    for k in range(0, len(keep), 65536):
-                        tight[k:k + 65536] = full[keep[k:k + 65536]]
-                    tight.flush()
-                    os.replace(path + '.tmp', path)
-                    os.remove(part)
-                else:
-                    os.replace(part, path)
-                os.remove(done)
+            with writing(path), open(new, 'wb') as file:
+                np.lib.format.write_array_header_1_0(file, dict(
+                    descr=np.dtype(kind).str, fortran_order=False, shape=(len(keep) * copies, width)))
+                for some in np.array_split(keep, -(-len(keep) // 65536)):
+                    file.write(table[some, :-1].tobytes())
+            os.replace(new, path)
+            os.remove(part)
         if world > 1:
             dist.barrier()
     return np.load(path, mmap_mode='r')
