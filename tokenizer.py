@@ -183,10 +183,7 @@ def look(images):
     label, count = ndimage.label(nearest < len(COLORS), structure=flat)
     sizes = np.bincount(label.ravel(), minlength=count + 1)
     boxes = [(k + 1, b) for k, b in enumerate(ndimage.find_objects(label)) if sizes[k + 1] >= 8]  # smaller: specks
-    found = {key: np.zeros(len(boxes), dtype=int) for key in ('image', 'color', 'shape', 'size', 'row', 'column')}
-    found['background'] = ground
-    if not boxes:
-        return found
+    seen = np.zeros((4, len(boxes)), dtype=int)                                           # image, color, row, column
     padded = np.pad(label, ((0, 0), (CELL, CELL), (CELL, CELL)))
     crops = np.zeros((len(boxes), CELL, CELL), dtype=np.float32)
     for k, (i, (image, rows, columns)) in enumerate(boxes):
@@ -194,18 +191,17 @@ def look(images):
         window = (slice(at + CELL // 2, at + 3 * CELL // 2) for at in (row, column))
         crops[k] = padded[(image.start, *window)] == i
         part = nearest[image.start, rows, columns][label[image.start, rows, columns] == i]
-        found['image'][k], found['color'][k] = image.start, np.bincount(part).argmax()
-        found['row'][k], found['column'][k] = row, column
+        seen[:, k] = image.start, np.bincount(part).argmax(), row, column
     shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     bank = np.stack([np.roll(SPRITES > 0.5, s, axis=(2, 3)) for s in shifts], 2).astype(np.float32)  # (4, 2, 9, 16, 16)
     bank, crops = bank.reshape(-1, CELL * CELL), crops.reshape(-1, CELL * CELL)
     inside = crops @ bank.T
     overlap = inside / (crops.sum(1)[:, None] + bank.sum(1) - inside)                     # intersection over union
     shape, size, shift = np.unravel_index(overlap.argmax(1), (len(SHAPES), len(RADII), len(shifts)))
-    found['shape'], found['size'] = np.where(overlap.max(1) >= 0.6, shape, -1), size
-    found['row'] += np.array(shifts)[shift, 0]
-    found['column'] += np.array(shifts)[shift, 1]
-    return found
+    image, color, row, column = seen
+    dy, dx = np.array(shifts).T[:, shift]
+    return dict(image=image, color=color, shape=np.where(overlap.max(1) >= 0.6, shape, -1), size=size, row=row + dy,
+                column=column + dx, background=ground)
 
 
 def check(images, captions):
