@@ -1099,11 +1099,10 @@ if __name__ == '__main__':
         usage, step = state['usage'].to(device), state['step']
     same_weights(net)
     forward = torch.compile(net) if compile else net
-    parameters = sum(p.numel() for p in net.parameters())
     if rank == 0:
         log = Log(out, step) if not bench else None
-        print(f'{parameters / 1e6:.2f} M parameters, {images.length} images, {net.N} tokens of {n_codes} codes, '
-              f'{steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
+        print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {images.length} images, {net.N} '
+              f'tokens of {n_codes} codes, {steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
     base = HELD_OUT if images.is_world else 0
     fixed, captions = images.batch(range(base, base + min(32, images.length)))
 
@@ -1148,19 +1147,15 @@ if __name__ == '__main__':
                                           net=net.state_dict(), optimizer=optimizer.state_dict(), usage=usage))
         if rank == 0 and (step % save_every == 0 or ending):
             with torch.no_grad():
-                pairs = torch.stack([fixed, net.eval().decode(net.encode(fixed.to(device))).cpu()], 1).flatten(0, 1)
-            net.train()
+                pairs = torch.stack([fixed, net.decode(net.encode(fixed.to(device))).cpu()], 1).flatten(0, 1)
             save_grid(f'{out_dir}/tokenizer.png', pairs)
         if ending:
             break
         # Set the codebook from data, then revive codes that no patch has chosen lately
-        if step == warmup_free:
-            net.codebook.weight.data = new_codes(n_codes)
-            usage.zero_()
-        elif step > warmup_free and step % 50 == 0 and step < 0.8 * steps:
+        if step == warmup_free or step > warmup_free and step % 50 == 0 and step < 0.8 * steps:
             if world > 1:
                 dist.all_reduce(usage)
-            dead = usage < 1
+            dead = (usage < 1) | (step == warmup_free)
             if dead.any():
                 net.codebook.weight.data[dead] = new_codes(int(dead.sum()))
             usage.zero_()
@@ -1178,12 +1173,10 @@ if __name__ == '__main__':
     if rank == 0:
         bar.close()
         with torch.no_grad():
-            net.eval()
             held = images.batch(range(base, base + min(2000, images.length)))[0]
             ids = torch.cat([net.encode(x.to(device)) for x in held.split(250)])
             again = torch.cat([net.decode(x).cpu() for x in ids.split(250)])
         share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
-        perplexity = torch.exp(-(share * (share + 1e-12).log()).sum())
         print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
-              f'{(share > 0).sum()} of {n_codes}, perplexity {perplexity:.1f} -> {out}')
+              f'{(share > 0).sum()} of {n_codes}, perplexity {torch.special.entr(share).sum().exp():.1f} -> {out}')
     end_processes()
