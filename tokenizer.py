@@ -926,9 +926,6 @@ class Inert:
     def __new__(cls, *arguments):
         return object.__new__(cls) if arguments else OrderedDict()
 
-    def __init__(self, *arguments):
-        pass
-
     def __setstate__(self, state):
         pass
 
