@@ -1065,13 +1065,11 @@ def report_bench(step, images_per_step, device, autocast):
         peak = 2 * n ** 3 / timed(lambda: a @ a, 5, device)
     memory = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    share = counter.get_total_flops() / seconds / peak
-    row = dict(ms_per_step=round(seconds * 1e3, 1), images_per_s=round(images_per_step / seconds, 1),
-               gflop_per_step=round(counter.get_total_flops() / 1e9, 2), peak_gflops=round(peak / 1e9, 1),
-               share_of_peak=round(share, 3), peak_memory_mb=round(memory / 2 ** 20))
+    flops = counter.get_total_flops()
     if is_rank0():
-        print('bench: ' + ', '.join(f'{k} {v}' for k, v in row.items()))
-    return row
+        print(f'bench: ms_per_step {seconds * 1e3:.1f}, images_per_s {images_per_step / seconds:.1f}, gflop_per_step '
+              f'{flops / 1e9:.2f}, peak_gflops {peak / 1e9:.1f}, share_of_peak {flops / seconds / peak:.3f}, '
+              f'peak_memory_mb {memory / 2 ** 20:.0f}')
 
 
 # -----------------------------------------------------------------------------
