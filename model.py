@@ -833,8 +833,8 @@ def from_imagereward(state):
 
 def image_reward(path, bert_path, device):
     """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear map of its first state
-    (five layers without activations). Sizes are read off the shapes. Word ids are cached: words and pixels meet in
-    every layer, so there are no text features."""
+    (five layers without activations). Sizes are read off the shapes. Words and pixels meet in every layer, so there are
+    no text features to remember."""
     state = from_imagereward(read_weights(path))
     size = lambda key, axis=0: state[key].shape[axis]
     depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
@@ -848,22 +848,17 @@ def image_reward(path, bert_path, device):
         encoder_hidden_size=width, intermediate_size=size(f'{layers[1]}0.intermediate.dense.weight'),
         num_hidden_layers=depth(layers[1]), num_attention_heads=12, layer_norm_eps=1e-12,
         max_position_embeddings=size('text.embeddings.position_embeddings.weight')), add_pooling_layer=False))
-    mlp = nn.ModuleDict({k: nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) for k in '02467'})
-    restore(nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp)), state, path, 'ImageReward')
-    for part in (eyes, text, mlp):
-        part.float().to(device).eval().requires_grad_(False)
+    mlp = nn.Sequential(*(nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) if k in '02467'
+                          else nn.Identity() for k in '01234567'))           # dropout at 1, 3 and 5
+    net = nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp))
+    restore(net, state, path, 'ImageReward')
+    net.float().to(device).eval().requires_grad_(False)
     words = hub(lambda t: t.AutoTokenizer.from_pretrained(bert_path))
-    def ids(prompts):
-        x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt')
-        return torch.stack([x['input_ids'], x['attention_mask']], 1).to(device)  # (n, 2, 35)
-    known = cached(ids)
     def score(images, prompts):
         seen = eyes(pixel_values=pixels_224(images)).last_hidden_state       # (B, 197, width)
-        x, mask = known(prompts).unbind(1)
-        h = text(x, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False).last_hidden_state[:, 0]
-        for layer in mlp.values():
-            h = layer(h)
-        return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+        x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt').to(device)
+        h = text(x['input_ids'], attention_mask=x['attention_mask'], encoder_hidden_states=seen, is_decoder=False)
+        return (mlp(h.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     return score
 
 
