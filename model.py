@@ -582,7 +582,7 @@ def toy_features(images):
     w1, b1, w2, b2, project = w(1.4, 32, 3, 5, 5), w(0.3, 32), w(1.4, 64, 32, 3, 3), w(0.3, 64), w(10, 64, 64 * 16)
     rows = []
     for x in images.float().cpu().clamp(-1, 1).split(500):
-        x = x if x.shape[-1] == 32 else F.interpolate(x, size=(32, 32), mode='area')
+        x = F.adaptive_avg_pool2d(x, 32)                                     # 32 x 32 images stay what they are
         h = F.relu(F.conv2d(x, w1, b1, stride=2, padding=2))                 # (B, 32, 16, 16)
         h = F.relu(F.conv2d(h, w2, b2, stride=2, padding=1))                 # (B, 64, 8, 8)
         rows.append(F.adaptive_avg_pool2d(h, 4).flatten(1) @ project.T)
@@ -864,13 +864,11 @@ def image_reward(path, bert_path, device):
 
 # The rewards of the small world; reward.py trains them
 
-class ConvTower(nn.Sequential):
+def conv_tower(d):
     """Images (B, 3, 32, 32) -> (B, d), four convolutions: the reward that is optimised."""
-
-    def __init__(self, d):
-        conv = lambda a, b, size, stride: nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2), nn.GroupNorm(8, b),
-                                                        nn.SiLU())
-        super().__init__(conv(3, 32, 5, 2), conv(32, 64, 3, 2), conv(64, 64, 3, 1), conv(64, 128, 3, 2), nn.Flatten(),
+    conv = lambda a, b, size, stride: nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2), nn.GroupNorm(8, b),
+                                                    nn.SiLU())
+    return nn.Sequential(conv(3, 32, 5, 2), conv(32, 64, 3, 2), conv(64, 64, 3, 1), conv(64, 128, 3, 2), nn.Flatten(),
                          nn.Linear(128 * 4 * 4, d))
 
 
@@ -895,14 +893,13 @@ class TwoTower(nn.Module):
     def __init__(self, kind, n_words, T, d=256):
         super().__init__()
         self.config = dict(kind=kind, n_words=n_words, T=T, d=d)
-        self.image = ConvTower(d) if kind == 'conv' else PatchTower(d)
+        self.image = conv_tower(d) if kind == 'conv' else PatchTower(d)
         self.words = nn.Embedding(n_words + 1, 32)
         self.text = nn.Sequential(nn.Flatten(), nn.Linear(32 * T, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
         self.log_scale, self.shift = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(-8.0))
 
     def image_features(self, x):
-        x = x if x.shape[-1] == 32 else F.interpolate(x, size=(32, 32), mode='area')
-        return F.normalize(self.image(x), dim=-1)                            # (B, d)
+        return F.normalize(self.image(F.adaptive_avg_pool2d(x, 32)), dim=-1)  # (B, d)
 
     def text_features(self, ids):
         return F.normalize(self.text(self.words(ids)), dim=-1)               # (B, T) -> (B, d)
