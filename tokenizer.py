@@ -329,24 +329,21 @@ class Images:
                 tqdm.write(f'skipped {path}: {pixels}')
         return [None if isinstance(pixels, str) else pixels for pixels in found]
 
-    def batch(self, index, substitute=True):
-        """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file is replaced by the next
-        readable one, or left out if `substitute` is False."""
+    def batch(self, index):
+        """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file (now in `bad`) is replaced by
+        the next readable one."""
         if self.is_world:
             return draw(index, open_background=self.data == 'shapes-open')
         index, pixels, captions = [int(i) for i in index], [], []
         for i, image in zip(index, self.read(index)):
-            tries = range(i + 1, i + self.length) if substitute else ()
-            while image is None and tries:
-                i, tries = tries[0] % self.length, tries[1:]
+            while image is None:
+                if len(self.bad) == self.length:
+                    raise SystemExit(f'--data={self.data}: not one of its {self.length} files is a readable image')
+                i = (i + 1) % self.length
                 image = self.read([i])[0]
-            if image is not None:
-                pixels.append(image)
-                captions.append(self.words[self.files[i][1]])
-            elif substitute:
-                raise SystemExit(f'--data={self.data}: not one of its {self.length} files is a readable image')
-        images = np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
+            pixels.append(image)
+            captions.append(self.words[self.files[i][1]])
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
 
     def key(self):
         """What the content depends on: the world, or every file's name, size and time."""
@@ -390,8 +387,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
     if missing:
         part, new = path + '.partial', path + '.tmp'
         copies, width = 1 + flips, tokenizer.N + images.caption_length
-        largest = max(tokenizer.V - 1, len(images.words))
-        kind = next(t for t in (np.int8, np.int16, np.int32) if np.iinfo(t).max >= largest)
+        kind = np.min_scalar_type(-max(tokenizer.V, len(images.words) + 1))              # the smallest signed type
         if rank == 0 and not os.path.exists(part):               # an image's rows, then 0 to do, 1 good or 2 bad
             with writing(path):
                 np.lib.format.open_memmap(new, 'w+', kind, (images.length, copies * width + 1)).flush()
@@ -405,16 +401,14 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
             bar.update(min(world * batch, images.length - start))
             if table[index, -1].all():
                 continue
-            pixels, captions = images.batch(index, substitute=False)
-            good = np.array([images.is_world or images.files[i][0] not in images.bad for i in index])
-            rows = np.full((len(index), copies * width + 1), 2, kind)
-            if captions:
-                views = (pixels, pixels.flip(-1))[:copies]
-                ids = torch.stack([torch.cat([tokenizer.encode(x.to(device)) for x in v.split(tokenizer.batch)])
-                                   for v in views], 1).cpu()                             # (B, copies, N)
-                cond = word_ids(captions, images.words, images.caption_length)
-                rows[good, :-1] = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).flatten(1).numpy()
-                rows[good, -1] = 1
+            pixels, captions = images.batch(index)
+            state = [1 if images.is_world or images.files[i][0] not in images.bad else 2 for i in index]
+            views = (pixels, pixels.flip(-1))[:copies]
+            ids = torch.stack([torch.cat([tokenizer.encode(x.to(device)) for x in v.split(tokenizer.batch)])
+                               for v in views], 1).cpu()                                 # (B, copies, N)
+            cond = word_ids(captions, images.words, images.caption_length)
+            rows = torch.cat([ids, cond[:, None].expand(-1, copies, -1)], 2).flatten(1)  # (B, copies (N + T))
+            rows = np.column_stack([rows.numpy(), state]).astype(kind)
             with writing(part), open(part, 'r+b') as file:
                 file.seek(table.offset + start * rows[0].nbytes)
                 file.write(rows.tobytes())
@@ -426,11 +420,9 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
             keep = np.flatnonzero(table[:, -1] == 1)
             if len(keep) < images.length:
                 print(f'{images.length - len(keep)} of {images.length} files were skipped')
-            if not len(keep):
-                raise SystemExit(f'--data={images.data}: not one of its {images.length} files is a readable image')
             with writing(path), open(new, 'wb') as file:
                 np.lib.format.write_array_header_1_0(file, dict(
-                    descr=np.dtype(kind).str, fortran_order=False, shape=(len(keep) * copies, width)))
+                    descr=kind.str, fortran_order=False, shape=(len(keep) * copies, width)))
                 for some in np.array_split(keep, -(-len(keep) // 65536)):
                     file.write(table[some, :-1].tobytes())
             os.replace(new, path)
