@@ -175,8 +175,7 @@ class MDM(nn.Module):
 
     def embedding_parameters(self):
         """The tables that Di[M]O keeps frozen (MaskGIT's is the output table too)."""
-        tables = [self.input_proj, self.cond_emb] if self.config['bits'] else [self.tok_emb, self.cond_emb]
-        return [p for table in tables for p in table.parameters()]
+        return [p for name, p in self.named_parameters() if name.startswith(('tok_emb', 'input_proj', 'cond_emb'))]
 
     @classmethod
     def from_pretrained(cls, kind, path, n_head=None, V=None):
