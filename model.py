@@ -787,8 +787,7 @@ def from_open_clip(state):
              ('attn.', 'self_attn.'))
     out = {'visual_projection.weight': state['visual.proj'].T, 'text_projection.weight': state['text_projection'].T}
     for key, value in state.items():
-        for old, new in names:
-            key = key.replace(old, new)
+        key = functools.reduce(lambda k, name: k.replace(*name), names, key)
         if key.startswith(('encoder.', 'embeddings.')):
             key = f'text_model.{key}'
         if '.in_proj_' in key:
