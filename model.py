@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import time
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, apply_gradients, bit_rows, check,
                        check_finite, configure, end_processes, factors, fill, load_checkpoint, parse_caption, progress,
                        read_published, report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid,
-                       shape_of, split_batch, start_processes, timed, token_data, word_ids, writing)
+                       shape_of, split_batch, start_processes, token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -679,15 +680,12 @@ def image_rngs(seed, index):
 @torch.no_grad()
 def render(sample, tokenizer, cond, seed, batch=250):
     """Images (n, 3, H, W) on the CPU and milliseconds per image, from sample(cond, rng) -> tokens, in batches."""
-    device = next(tokenizer.parameters()).device
-    images = []
-    def run():
-        for k in range(0, len(cond), batch):
-            part = cond[k:k + batch].to(device)
-            tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
-            images.extend(tokenizer.decode(t).float().cpu() for t in tokens.split(tokenizer.batch))
-    milliseconds = timed(run, 1, device) * 1000 / len(cond)
-    return torch.cat(images), milliseconds
+    device, images, start = next(tokenizer.parameters()).device, [], time.time()
+    for k in range(0, len(cond), batch):
+        part = cond[k:k + batch].to(device)
+        tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
+        images += [tokenizer.decode(t).float().cpu() for t in tokens.split(tokenizer.batch)]  # waits for the device
+    return torch.cat(images), (time.time() - start) * 1000 / len(cond)
 
 
 def final_table(path, samplers, tokenizer, reference, conditions, n, seed, config):
