@@ -88,14 +88,13 @@ PALETTE = np.array([*COLORS.values(), *BACKGROUNDS], dtype=np.float32)
 def sprites():
     """Opacity of every shape and size, centred in a quadrant: (4 shapes, 2 sizes, 16, 16) in [0, 1], anti-aliased
     from signed distances. The renderer pastes them, the checker compares with them."""
-    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
-    def distances(r):
-        circle = np.hypot(x, y) - r
-        square = np.maximum(abs(x), abs(y)) - r
-        triangle = np.maximum((2 * abs(x) - y - r) / 5 ** 0.5, y - r)
-        bar = lambda a, b: np.maximum(abs(a) - r, abs(b) - r / 2 + 1)
-        return circle, square, triangle, np.minimum(bar(x, y), bar(y, x))
-    return np.stack([np.clip(0.5 - np.stack(distances(r)), 0, 1) for r in RADII], axis=1).astype(np.float32)
+    (y, x), r = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2, np.array(RADII)[:, None, None]
+    circle = np.hypot(x, y) - r                                                          # (2, 16, 16)
+    square = np.maximum(abs(x), abs(y)) - r
+    triangle = np.maximum((2 * abs(x) - y - r) / 5 ** 0.5, y - r)
+    bar = lambda a, b: np.maximum(abs(a) - r, abs(b) - r / 2 + 1)
+    cross = np.minimum(bar(x, y), bar(y, x))
+    return np.clip(0.5 - np.stack([circle, square, triangle, cross]), 0, 1).astype(np.float32)
 
 
 SPRITES = sprites()
