@@ -748,8 +748,7 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        wait = timedelta(hours=6)                                                        # rank 0 may train a teacher
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=wait)
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))  # rank 0 may train a teacher
     bf16 = cuda and torch.cuda.is_bf16_supported()
     if rank == 0:
         reason = 'bf16 autocast' if bf16 else 'float32, the GPU has no bf16' if cuda else 'float32, no CUDA device'
@@ -1113,14 +1112,13 @@ if __name__ == '__main__':
     while True:
         # Save, show, stop
         ending = step >= steps or stop.now(step, device)
-        if step and (step % save_every == 0 or ending):
-            if world > 1:  # an equal share for each process
-                dist.all_reduce(usage)
-                usage /= world
-            if rank == 0:
+        if world > 1 and (step % save_every == 0 or ending):  # an equal share for each process
+            dist.all_reduce(usage)
+            usage /= world
+        if rank == 0 and (step % save_every == 0 or ending):
+            if step:
                 save_checkpoint(out, dict(stage='tokenizer', step=step, config=config, args=net.config,
                                           net=net.state_dict(), optimizer=optimizer.state_dict(), usage=usage))
-        if rank == 0 and (step % save_every == 0 or ending):
             with torch.no_grad():
                 pairs = torch.stack([fixed, net.decode(net.encode(fixed.to(device))).cpu()], 1).flatten(0, 1)
             save_grid(f'{out_dir}/tokenizer.png', pairs)
