@@ -235,8 +235,7 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0):
                          'to get them, and --teacher_path=random takes random weights of the published size')
     try:
         net = MDM.from_pretrained(kind, path, n_head)
-        S = net.config['S'] if kind == 'maskbit' else 0
-        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), S)
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), net.config['S'])
         if kind == 'maskgit' and net.n_words != 1000:                        # V was a guess: classes share its table
             net = MDM.from_pretrained(kind, path, n_head, tokenizer.V)
     except (ValueError, FileNotFoundError) as error:
