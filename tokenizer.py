@@ -215,8 +215,7 @@ def check(images, captions):
         if len(seen) != len(wanted) or not all(s[1] for s in seen):
             continue
         fits = lambda want, s: want[0] in ('', s[0]) and want[1] in ('', s[1])
-        orders = [seen] if len(seen) == 1 or len(set(wanted)) == 1 else [seen, seen[::-1]]
-        for order in orders:
+        for order in (seen, seen[::-1]):
             (_, _, r0, c0), (_, _, r1, c1) = order[0], order[-1]
             placed = {'': True, 'left of': c1 - c0 > 4, 'right of': c0 - c1 > 4,
                       'above': r1 - r0 > 4, 'below': r0 - r1 > 4}[relation]
