@@ -29,7 +29,7 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_n
                    progress, relaxed, remask, render, report_bench, restore, reward_sum, rng_for, same_tokens,
                    same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
                    surrogate, teacher_passes, token_entropy, word_ids, world_reward)
-from tokenizer import COLORS, NUMBERS, PLURALS, SHAPES
+from tokenizer import wrong_caption
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -102,17 +102,6 @@ def mixed(ids, other, V, rng):
     weight = (1.3 * u[:, 5]).clamp(max=1) * box                              # (B, N)
     one_hot = lambda x: F.one_hot(x, V).float()
     return torch.lerp(one_hot(ids), one_hot(other), weight[..., None].to(ids.device))
-
-
-def wrong_caption(caption, u):
-    """The caption with one fact changed (a colour, a shape, the number or the relation), chosen by u in [0, 1)."""
-    words = caption.split()
-    groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, PLURALS, ('left', 'right'), ('above', 'below'))
-    places = [(k, g) for k, w in enumerate(words) for g in groups if w in g]
-    k, group = places[int(u * len(places))]
-    rest = [w for w in group if w != words[k]]
-    words[k] = rest[int(u * 1e6) % len(rest)]
-    return ' '.join(words)
 
 
 RIGHT, BROKEN = 0.15, 0.3  # reconstructions: 90 % below .14; the checker accepts 99 % up to .15, a quarter above .3

@@ -221,7 +221,7 @@ def test_drawing_10000_images_takes_seconds():
 
 def test_checker_accepts_real_images_and_rejects_wrong_ones():
     images, captions = T.draw(range(T.HELD_OUT, T.HELD_OUT + 3000))
-    wrong = [reward.wrong_caption(c, u) for c, u in zip(captions, np.random.RandomState(0).rand(3000))]
+    wrong = [T.wrong_caption(c, u) for c, u in zip(captions, np.random.RandomState(0).rand(3000))]
     tasks = np.array([T.parse_caption(c)[0] for c in captions])
     right, accepted = T.check(images, captions), T.check(images, wrong)
     for task in T.TASKS:

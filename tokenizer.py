@@ -223,6 +223,17 @@ def check(images, captions):
     return verdict
 
 
+def wrong_caption(caption, u):
+    """The caption with one fact changed (a colour, a shape, the number or the relation), chosen by u in [0, 1)."""
+    words = caption.split()
+    groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, PLURALS, ('left', 'right'), ('above', 'below'))
+    places = [(k, g) for k, w in enumerate(words) for g in groups if w in g]
+    k, group = places[int(u * len(places))]
+    rest = [w for w in group if w != words[k]]
+    words[k] = rest[int(u * 1e6) % len(rest)]
+    return ' '.join(words)
+
+
 def factors(images, captions, world='shapes'):
     """Mode dropping, factor by factor: total-variation distance in [0, 1] between what the images show and the known
     uniform law of everything that the captions leave open. images (B, 3, 32, 32) -> {factor: distance}."""
