@@ -248,7 +248,7 @@ def test_real_renders_follow_the_known_law_of_every_factor():
         images, captions, _ = objects_of(world)
         truth = T.factors(images, captions, world)
         print(f'    {world}: ' + ', '.join(f'{k} {v:.3f}' for k, v in truth.items()))
-        assert set(truth) == {'size', 'pairs', 'position', 'color', 'shape', 'background'}
+        assert set(truth) == {'size', 'pairs', 'groups', 'position', 'color', 'shape', 'background'}
         assert max(truth.values()) < 0.06
 
 def test_factors_see_a_dropped_mode():
@@ -261,7 +261,7 @@ def test_factors_see_a_dropped_mode():
     mixed = [i for i in np.flatnonzero(several) if np.ptp(found['size'][found['image'] == i]) > 0]
     keep = np.setdiff1d(range(3000), mixed)                                    # sizes stay free, but agree in an image
     coupled = T.factors(images[keep], [captions[k] for k in keep], 'shapes-open')
-    assert coupled['pairs'] == 0.5 and coupled['size'] < 0.06
+    assert coupled['pairs'] == 0.5 and coupled['groups'] > 0.7 and coupled['size'] < 0.06
     keep = np.flatnonzero(found['background'] != 1)
     rest = images[keep], [captions[k] for k in keep]
     assert T.factors(*rest, 'shapes-open')['background'] > 0.2 < T.factors(*rest, 'shapes')['background']

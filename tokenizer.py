@@ -243,15 +243,18 @@ def factors(images, captions, world='shapes'):
     unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
     alone = np.array([len(asked[i]) == 1 for i in found['image']], dtype=bool) & known
     place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
-    image, size = found['image'], found['size']                                           # in the order of the images
+    image, size, uniform = found['image'], found['size'], lambda k: np.full(k, 1 / k)
     pair = (image[1:] == image[:-1]) & known[1:] & known[:-1] & ~alone[1:]                # two objects of one image
-    table = {'size': (size[known], 2), 'pairs': ((size[1:] == size[:-1])[pair] + 0, 2),  # alike or not
-             'position': (place[alone], 4),
-             'color': (found['color'][unnamed(0)], 4), 'shape': (found['shape'][unnamed(1)], 4),
-             'background': (found['background'], 4 if world == 'shapes-open' else 1)}
-    def distance(values, k):                                                             # the law: uniform on 0..k-1
-        share = np.bincount(values, minlength=4) / max(1, len(values))
-        return float(abs(share - (np.arange(4) < k) / k).sum() / 2)
+    n, large = (np.bincount(image[known], w, len(captions)).astype(int) for w in (None, size[known]))
+    group = np.concatenate([large[n == 3], 4 + large[n == 4]])                            # how many of 3, of 4 are large
+    coins = np.concatenate([sum(n == 3) * np.array([1, 3, 3, 1]) / 8, sum(n == 4) * np.array([1, 4, 6, 4, 1]) / 16])
+    table = {'size': (size[known], uniform(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, uniform(2)),  # alike?
+             'groups': (group, coins / max(1, len(group))), 'position': (place[alone], uniform(4)),
+             'color': (found['color'][unnamed(0)], uniform(4)), 'shape': (found['shape'][unnamed(1)], uniform(4)),
+             'background': (found['background'], uniform(4 if world == 'shapes-open' else 1))}
+    def distance(values, law):
+        share = np.bincount(values, minlength=9) / max(1, len(values))
+        return float(abs(share - np.pad(law, (0, 9 - len(law)))).sum() / 2)
     return {name: distance(*row) for name, row in table.items()}
 
 
