@@ -246,7 +246,7 @@ def factors(images, captions, world='shapes'):
     image, size, uniform = found['image'], found['size'], lambda k: np.full(k, 1 / k)
     pair = (image[1:] == image[:-1]) & known[1:] & known[:-1] & ~alone[1:]                # two objects of one image
     n, large = (np.bincount(image[known], w, len(captions)).astype(int) for w in (None, size[known]))
-    group = np.concatenate([large[n == 3], 4 + large[n == 4]])                            # how many of 3, of 4 are large
+    group = np.concatenate([large[n == 3], 4 + large[n == 4]])                            # large ones of 3, of 4
     coins = np.concatenate([sum(n == 3) * np.array([1, 3, 3, 1]) / 8, sum(n == 4) * np.array([1, 4, 6, 4, 1]) / 16])
     table = {'size': (size[known], uniform(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, uniform(2)),  # alike?
              'groups': (group, coins / max(1, len(group))), 'position': (place[alone], uniform(4)),
