@@ -229,7 +229,8 @@ def test_checker_accepts_real_images_and_rejects_wrong_ones():
         yes, no = right[at].mean(), accepted[at].mean()
         print(f'    {task:14s} real accepted {yes:.3f}, wrong accepted {no:.3f} ({at.sum()} images)')
         assert at.sum() > 300 and yes >= 0.95 and no <= 0.05
-    assert not T.check(torch.full((1, 3, 32, 32), -0.8), ['a red circle'])[0]  # nothing there
+    empty = torch.full((1, 3, 32, 32), -0.8)                                  # nothing there: no mode is covered
+    assert not T.check(empty, ['a red circle'])[0] and T.factors(empty, ['four red circles'])['groups'] == 0.5
 
 def objects_of(world='shapes', n=3000):
     """Held-out renders, their captions, and what `look` finds, with `alone` for the only one of its image."""

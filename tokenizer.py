@@ -236,7 +236,7 @@ def wrong_caption(caption, u):
 
 def factors(images, captions, world='shapes'):
     """Mode dropping, factor by factor: total-variation distance in [0, 1] between what the images show and the known
-    uniform law of everything that the captions leave open. images (B, 3, 32, 32) -> {factor: distance}."""
+    law (uniform, independent) of all that the captions leave open. images (B, 3, 32, 32) -> {factor: distance}."""
     found = look(images)
     known = found['shape'] >= 0
     asked = [parse_caption(c)[1] for c in captions]
@@ -249,8 +249,9 @@ def factors(images, captions, world='shapes'):
     group = np.concatenate([large[n == 3], 4 + large[n == 4]])                            # large ones of 3, of 4
     coins = np.concatenate([sum(n == 3) * np.array([1, 3, 3, 1]) / 8, sum(n == 4) * np.array([1, 4, 6, 4, 1]) / 16])
     table = {'size': (size[known], uniform(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, uniform(2)),  # alike?
-             'groups': (group, coins / max(1, len(group))), 'position': (place[alone], uniform(4)),
-             'color': (found['color'][unnamed(0)], uniform(4)), 'shape': (found['shape'][unnamed(1)], uniform(4)),
+             'groups': (group, coins / len(group) if len(group) else uniform(9)),
+             'position': (place[alone], uniform(4)), 'color': (found['color'][unnamed(0)], uniform(4)),
+             'shape': (found['shape'][unnamed(1)], uniform(4)),
              'background': (found['background'], uniform(4 if world == 'shapes-open' else 1))}
     def distance(values, law):
         share = np.bincount(values, minlength=9) / max(1, len(values))
