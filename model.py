@@ -168,7 +168,8 @@ class MDM(nn.Module):
         """Told from probabilities by the shape; where both have the same by what only probabilities do, sum to 1."""
         if not x.is_floating_point() or x.shape[1:] != (self.L, self.D):
             return False
-        return (self.N, self.V) != (self.L, self.D) or not bool((x >= 0).all() and (x.sum(-1) - 1).abs().max() < 1e-2)
+        near = lambda: (x > -1e-2).all() and (x.sum(-1) - 1).abs().max() < 1e-2
+        return (self.N, self.V) != (self.L, self.D) or not near()
 
     def null(self, cond):
         """The unconditional condition of the same batch."""
@@ -201,11 +202,14 @@ class MDM(nn.Module):
             rows = size('tok_emb.weight', 0, D)[0] - 2
             size('bias', length, rows + 2)
             imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
-            V = V or (rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1)
+            guess, V = not V, V or (rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1)
             if V >= rows:
                 raise ValueError(f'{name}: tok_emb.weight has {rows + 2} rows, expected V + K + 2 with V = {V}')
+            if guess and not imagenet:
+                print(f'note: {name}: V = {V} codes, K = {rows - V} classes is a guess, as the file tells only V + K; '
+                      'V=... settles it (a tokenizer given beside it does)')
             w['tok_emb.weight'], w['class_emb.weight'] = w['tok_emb.weight'].split([V + 1, rows + 1 - V])
-            w['bias'] = w['bias'][:L, :V].clone()                            # no class position, no mask, no classes
+            w['bias'] = w['bias'][:L, :V]                                    # no class position, no mask, no classes
             config = dict(N=L, V=V, n_words=rows - V)
         else:
             inputs, outputs = size('input_proj.weight', D, 0)[1], size('prediction_layer.weight', 0, D)[0]
@@ -215,11 +219,12 @@ class MDM(nn.Module):
                                  f'input_proj.weight has S k = {inputs} columns; are both of one release?')
             w['codes'] = F.pad(bit_rows(inputs // S), (0, 0, 0, 1))
             config = dict(N=L * S, V=outputs // S, n_words=size('class_emb.weight', 0, D)[0] - 1, bits=inputs // S, S=S)
-        if not n_head and D % 16:
-            raise ValueError(f'{name}: width {D} is not a multiple of the published 16 heads; give n_head=...')
+        n_head = n_head or 16
+        if n_head < 1 or D % n_head:
+            raise ValueError(f'{name}: width {D} does not fall into {n_head} heads (published: 16); give n_head=...')
         keep = {k: PUBLISHED[kind][k] for k in ('post_norm', 'eps')}
         with torch.device('meta'):
-            model = cls(**config, D=D, depth=depth, n_head=n_head or 16, mlp=mlp, **keep)
+            model = cls(**config, D=D, depth=depth, n_head=n_head, mlp=mlp, **keep)
         return fill(model, w, lambda key: published_name(key, kind), name)
 
 
@@ -753,23 +758,17 @@ def pixels_224(images):
     return (x[:, :, top:top + 224, left:left + 224] - mean[:, None, None]) / std[:, None, None]
 
 
-def hub(call):
-    """call(transformers); a missing package, folder or file ends with one line. Only safetensors are read."""
+def hub(build, path):
+    """build(transformers); a missing package, a missing or wrong file ends with one line. Only tensors are read."""
     try:
         import transformers
-        return call(transformers)
+        return build(transformers)
     except ImportError:
         raise SystemExit('published rewards need one more package: pip install transformers') from None
-    except OSError as error:
-        raise SystemExit(f'cannot load a published reward: {str(error).splitlines()[0]}') from None
-
-
-def read_weights(path):
-    """A published file of tensors, read without executing code."""
-    try:
-        return read_published(path)[0]
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'{error}; say where it is with --hps_path or --imagereward_path') from None
+    except Exception as error:  # transformers raises many kinds here
+        reason = f'it has no {error}' if isinstance(error, KeyError) else (str(error) or 'empty').splitlines()[0]
+        raise SystemExit(f'cannot load a published reward from {path}: {reason}; say where its files are with '
+                         '--clip_path, --hps_path, --pick_path, --imagereward_path, --bert_path') from None
 
 
 def from_open_clip(state):
@@ -797,13 +796,17 @@ def from_open_clip(state):
 def clip_reward(kind, path, clip_path, device):
     """CLIP ViT-H/14 in three sets of weights, f and g unit vectors: CLIP score 100 f.g, HPSv2.1 f.g (arXiv 2306.09341),
     PickScore exp(logit_scale) f.g (arXiv 2305.01569)."""
-    if kind == 'hps':
-        model = hub(lambda t: t.CLIPModel(t.CLIPConfig.from_pretrained(clip_path)))
-        restore(model, from_open_clip(read_weights(path)), path, 'HPSv2.1')
-    else:
-        model = hub(lambda t: t.CLIPModel.from_pretrained(path, use_safetensors=True))
-    words = hub(lambda t: t.AutoTokenizer.from_pretrained(clip_path))
-    model = model.float().to(device).eval().requires_grad_(False)
+    def build(t):
+        if kind == 'hps':
+            model = t.CLIPModel(t.CLIPConfig.from_pretrained(clip_path))
+            restore(model, from_open_clip(read_published(path)[0]), path, 'HPSv2.1')
+        else:
+            model, report = t.CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            for key in report['missing_keys']:                               # would stay random
+                raise KeyError(key)
+        return model.float().to(device).eval().requires_grad_(False), t.AutoTokenizer.from_pretrained(clip_path)
+
+    model, words = hub(build, path)
     unit = lambda out: F.normalize(getattr(out, 'pooler_output', out), dim=-1)  # transformers >= 5 wraps the features
     ids = lambda prompts: words(prompts, padding='max_length', truncation=True, return_tensors='pt',
                                 max_length=model.config.text_config.max_position_embeddings)['input_ids'].to(device)
@@ -830,30 +833,32 @@ def image_reward(path, bert_path, device):
     """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear map of its first state
     (five layers without activations). Sizes are read off the shapes. Words and pixels meet in every layer, so there are
     no text features to remember."""
-    state = from_imagereward(read_weights(path))
-    size = lambda key, axis=0: state[key].shape[axis]
-    depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
-    width, layers = size('visual.post_layernorm.weight'), ('visual.encoder.layers.', 'text.encoder.layer.')
-    eyes = hub(lambda t: t.BlipVisionModel(t.BlipVisionConfig(
-        hidden_size=width, intermediate_size=size(f'{layers[0]}0.mlp.fc1.weight'), num_hidden_layers=depth(layers[0]),
-        num_attention_heads=16, patch_size=size('visual.embeddings.patch_embedding.weight', 2), image_size=224,
-        layer_norm_eps=1e-6, hidden_act='gelu')))
-    text = hub(lambda t: t.BlipTextModel(t.BlipTextConfig(
-        vocab_size=size('text.embeddings.word_embeddings.weight'), hidden_size=size('text.embeddings.LayerNorm.weight'),
-        encoder_hidden_size=width, intermediate_size=size(f'{layers[1]}0.intermediate.dense.weight'),
-        num_hidden_layers=depth(layers[1]), num_attention_heads=12, layer_norm_eps=1e-12,
-        max_position_embeddings=size('text.embeddings.position_embeddings.weight')), add_pooling_layer=False))
-    mlp = nn.Sequential(*(nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) if k in '02467'
-                          else nn.Identity() for k in '01234567'))           # dropout at 1, 3 and 5
-    net = nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp))
-    restore(net, state, path, 'ImageReward')
-    net.float().to(device).eval().requires_grad_(False)
-    words = hub(lambda t: t.AutoTokenizer.from_pretrained(bert_path))
+    def build(t):
+        state = from_imagereward(read_published(path)[0])
+        size = lambda key, axis=0: state[key].shape[axis]
+        depth = lambda prefix: 1 + max(int(k[len(prefix):].split('.')[0]) for k in state if k.startswith(prefix))
+        width, layers = size('visual.post_layernorm.weight'), ('visual.encoder.layers.', 'text.encoder.layer.')
+        eyes = t.BlipVisionModel(t.BlipVisionConfig(
+            hidden_size=width, intermediate_size=size(f'{layers[0]}0.mlp.fc1.weight'), image_size=224,
+            patch_size=size('visual.embeddings.patch_embedding.weight', 2), num_hidden_layers=depth(layers[0]),
+            num_attention_heads=16, layer_norm_eps=1e-6, hidden_act='gelu'))
+        text = t.BlipTextModel(t.BlipTextConfig(
+            vocab_size=size('text.embeddings.word_embeddings.weight'), num_attention_heads=12, layer_norm_eps=1e-12,
+            hidden_size=size('text.embeddings.LayerNorm.weight'), encoder_hidden_size=width,
+            intermediate_size=size(f'{layers[1]}0.intermediate.dense.weight'), num_hidden_layers=depth(layers[1]),
+            max_position_embeddings=size('text.embeddings.position_embeddings.weight')), add_pooling_layer=False)
+        mlp = nn.Sequential(*(nn.Linear(size(f'mlp.{k}.weight', 1), size(f'mlp.{k}.weight')) if k in '02467'
+                              else nn.Identity() for k in '01234567'))       # dropout at 1, 3 and 5
+        net = nn.ModuleDict(dict(visual=eyes, text=text, mlp=mlp))
+        restore(net, state, path, 'ImageReward')
+        return net.float().to(device).eval().requires_grad_(False), t.AutoTokenizer.from_pretrained(bert_path)
+
+    net, words = hub(build, path)
     def score(images, prompts):
-        seen = eyes(pixel_values=pixels_224(images)).last_hidden_state       # (B, 197, width)
+        seen = net.visual(pixel_values=pixels_224(images)).last_hidden_state  # (B, 197, width)
         x = words(prompts, padding='max_length', truncation=True, max_length=35, return_tensors='pt').to(device)
-        h = text(x['input_ids'], attention_mask=x['attention_mask'], encoder_hidden_states=seen, is_decoder=False)
-        return (mlp(h.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+        h = net.text(x['input_ids'], attention_mask=x['attention_mask'], encoder_hidden_states=seen, is_decoder=False)
+        return (net.mlp(h.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     return score
 
 

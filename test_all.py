@@ -1151,6 +1151,8 @@ def test_embeddings_are_told_from_probabilities_where_the_shapes_agree():
         logits = model(ids, cond)
         assert torch.equal(logits, model(model.embed(ids), cond))
         assert torch.equal(logits, model(F.one_hot(ids, model.V).float(), cond))
+        below = F.one_hot(ids, model.V) - 1e-6                                  # as finite differences step
+        assert torch.allclose(logits, model(below, cond), atol=1e-3)
 
 def test_gradients_of_probabilities_match_finite_differences_in_both_published_layouts():
     for kind in ('maskgit', 'maskbit'):
@@ -1213,6 +1215,8 @@ def test_loading_copies_the_weights_and_reads_files_folders_and_dicts_alike():
             network.pos_emb.data += 1                                           # training touches neither dict nor file
         assert torch.equal(weights['pos_emb'], kept)
         assert torch.equal(M.MDM.from_pretrained('maskbit', root).pos_emb, kept)
+        torch.save({k: v * 0 for k, v in weights.items()}, f'{root}/generator.bin')
+        assert torch.equal(networks[0].pos_emb, kept + 1)                       # no mapping of the file is left
 
 def test_wrong_swapped_and_truncated_files_are_explained():
     transformer, tokenizer = M.MDM.from_pretrained, T.Tokenizer.from_pretrained
@@ -1248,6 +1252,10 @@ def test_wrong_swapped_and_truncated_files_are_explained():
                 assert f'{root}/nowhere.pt: no such file' in str(error)
         narrow = published(mini('maskgit', D=24, n_head=3), 'maskgit')
         exits_with(lambda: transformer('maskgit', narrow), '16 heads', 'n_head')
+        exits_with(lambda: transformer('maskgit', narrow, n_head=-4), '-4 heads', 'n_head')
+        exits_with(lambda: transformer('maskgit', {'state_dict': None, 5: torch.ones(1)}), 'no tensors')
+        odd = {**files['maskbit_tokenizer'], 'encoder.conv_in.weight': torch.ones(33, 3, 3, 3)}
+        exits_with(lambda: tokenizer('maskbit', odd), 'the given dict: encoder.conv_in', '33', 'right file')
 
 class Callback:
     """A foreign class, as a Lightning checkpoint carries one."""
@@ -1652,6 +1660,9 @@ def test_clip_score_and_pickscore_follow_their_formulas():
             grad, = torch.autograd.grad(score.sum(), images)
             assert torch.isfinite(grad).all() and grad.abs().max() > 0
         exits_with(lambda: M.clip_reward('pick', f'{root}/nowhere', root, 'cpu'), 'cannot load', 'nowhere')
+        half = {k: v for k, v in model.state_dict().items() if 'layers.1.mlp' not in k}
+        model.save_pretrained(f'{root}/half', state_dict=half)
+        exits_with(lambda: M.clip_reward('pick', f'{root}/half', root, 'cpu'), 'half: it has no', 'layers.1.mlp')
 
 def test_hps_is_read_from_open_clip_names():
     images = torch.rand(2, 3, 40, 40) * 2 - 1
@@ -1683,6 +1694,9 @@ def test_hps_is_read_from_open_clip_names():
         score = M.clip_reward('hps', f'{root}/hps.pt', root, 'cpu')(images, [RED, 'a circle'])
         assert torch.allclose(score, clip_cosine(model, images, ids), atol=1e-5)
         exits_with(lambda: M.clip_reward('hps', f'{root}/no.pt', root, 'cpu'), 'no.pt: no such file', '--hps_path')
+        exits_with(lambda: M.image_reward(f'{root}/hps.pt', root, 'cpu'), "hps.pt: it has no 'visual.post_layernorm")
+        torch.save({'blip.a': torch.ones(1)}, f'{root}/other.pt')
+        exits_with(lambda: M.clip_reward('hps', f'{root}/other.pt', root, 'cpu'), "other.pt: it has no 'visual.proj'")
 
 def test_imagereward_reads_its_published_names():
     t, images = transformers_or_skip(), (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()

@@ -643,6 +643,9 @@ class Tokenizer(nn.Module):
             block = 'block' if kind == 'maskgit' else 'res_blocks'
             ch, depth = size('encoder.conv_in.weight', 0, 3, 3, 3)[0], count(r'encoder\.down\.(\d+)\.')
             widths = [size(f'encoder.down.{i}.{block}.0.conv2.weight', 0, 0, 3, 3)[0] for i in range(max(1, depth))]
+            if any(c % 32 or c % ch for c in (ch, *widths)):
+                raise ValueError(f'{name}: encoder.conv_in.weight and encoder.down have {[ch, *widths]} channels, '
+                                 'expected multiples of 32 and of the first. Is this the right file?')
             shape = dict(image_size=grid << len(widths) - 1, ch=ch, ch_mult=','.join(str(c // ch) for c in widths),
                          n_res=count(rf'encoder\.down\.0\.{block}\.(\d+)\.'),
                          up=count(rf'decoder\.up\.0\.{block}\.(\d+)\.'), groups=32)
@@ -925,11 +928,10 @@ class Inert:
 
 def read_published(source):
     """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in errors). Nested
-    dicts (MaskGIT, Lightning) are opened. A file is mapped into memory, private to us, so that an optimizer's state is
-    never read; a dict's tensors are copied. Nothing is executed: foreign classes become `Inert`. Raises
-    FileNotFoundError, ValueError."""
-    given = isinstance(source, dict)
-    if given:
+    dicts (MaskGIT, Lightning) are opened. A file is mapped into memory, so that an optimizer's state is never read:
+    `fill` copies what is kept. Nothing is executed: foreign classes become `Inert`. Raises FileNotFoundError,
+    ValueError."""
+    if isinstance(source, dict):
         name, state = 'the given dict', source
     else:
         name = os.fspath(source)
@@ -948,10 +950,11 @@ def read_published(source):
         except Exception as error:  # torch raises many kinds here
             reason = (str(error) or 'empty').splitlines()[0][:90]
             raise ValueError(f'{name}: truncated, not a weight file, or refused as unsafe ({reason}); nothing in it '
-                             'was executed. Download it again') from None
+                             'was executed. Download it again; if it is whole, save its state dict alone') from None
     for nest in ('model_state_dict', 'state_dict'):
         state = state.get(nest, state) if isinstance(state, dict) else {}
-    tensors = {k: v.clone() if given else v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
     return tensors, name
@@ -960,7 +963,7 @@ def read_published(source):
 def shape_of(weights, name, what, key, *wanted):
     """The shape of a published tensor, where 0 in `wanted` is any size. Raises ValueError: which file, which key."""
     found = tuple(weights[key].shape) if key in weights else None
-    if found is None or len(found) != len(wanted) or any(w and w != f for w, f in zip(wanted, found)):
+    if found is None or len(found) != len(wanted) or any(f != (w or f) or not f for w, f in zip(wanted, found)):
         form = '(' + ', '.join(str(w) if w else '*' for w in wanted) + ')'
         has = f'has shape {found}' if found is not None else f'is missing; the file begins with {next(iter(weights))}'
         raise ValueError(f'{name}: {key}, expected {form} in {what}, {has}. Is this the right file, and whole?')
@@ -977,7 +980,7 @@ def fill(network, weights, rename, name):
     if extra:
         raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
                          'Is this the right file?')
-    network.load_state_dict({k: weights[w].float() for k, w in wanted.items()}, assign=True)
+    network.load_state_dict({k: weights[w].to(torch.float32, copy=True) for k, w in wanted.items()}, assign=True)
     return network.eval()
 
 
