@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite, configure,
                    dimo_grad, ema_update, end_processes, final_table, guided_logits, jeffreys, load_checkpoint,
-                   load_teacher, make_optimizers, one_step, progress, remask, render, report_bench, restore, rng_for,
-                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
-                   surrogate, teacher_passes, token_entropy, word_ids)
+                   load_teacher, make_optimizers, one_step, progress, remask, render, report_bench, restore,
+                   restore_optimizers, rng_for, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
+                   split_batch, start_processes, surrogate, teacher_passes, token_entropy, word_ids)
 from tokenizer import previous
 
 # -----------------------------------------------------------------------------
@@ -118,9 +118,9 @@ if __name__ == '__main__':
         dist.barrier()
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
     packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-    if ours and not teacher_ckpt and os.path.normpath(packed['data']) != os.path.normpath(data):
+    if ours and not teacher_ckpt and os.path.abspath(packed['data']) != os.path.abspath(data):
         raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
-                         f'of its own: --data={data} --out_dir=out/{os.path.basename(data.rstrip("/"))}')
+                         f'of its own: --data={data} --out_dir=out/{os.path.basename(data)}')
     tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
     words, prompts = packed['words'], packed['prompts'].long()                # prompts (M, T), the training captions
 
@@ -142,8 +142,7 @@ if __name__ == '__main__':
         state = load_checkpoint(out, 'distill', 'Start without --resume.', fallback=True)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux)):
             restore(network, state[name], out, name)
-        for optimizer, saved in zip(optimizers[0] + optimizers[1], state['optimizers']):
-            optimizer.load_state_dict(saved)
+        restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux)
     if compile:

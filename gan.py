@@ -24,9 +24,9 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients
                    configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance, guided_logits,
                    image_rngs, jeffreys, load_checkpoint, load_teacher, make_optimizers, one_step, progress,
                    random_numbers, random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore,
-                   rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
-                   split_batch, start_processes, surrogate, teacher_passes, token_data, token_entropy, toy_features,
-                   word_ids)
+                   restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid,
+                   set_rate, split_batch, start_processes, surrogate, teacher_passes, token_data, token_entropy,
+                   toy_features, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -73,7 +73,6 @@ cooldown = 0.8         # last share of the steps over which the rates fall to 5 
 clip = 1.0             # largest gradient norm, each network; paper 1
 beta = 0.0             # generalized Jeffreys: 0 forward KL, which covers modes; 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
-tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.25          # share of re-maskings that hide everything; paper 0
 p_near = 0.25          # share that shows 1 to N / 8 tokens; paper 0
@@ -173,7 +172,7 @@ if __name__ == '__main__':
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
     if untrained:
         packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1))
+        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1, tau=1.0))
     else:
         start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
         data = data or start['data']
@@ -181,9 +180,9 @@ if __name__ == '__main__':
             raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER of class folders')
         packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
         same_tokens(packed, start, teacher_path, init)
-    for key in ('r_init', 'sigma_init'):                      # what the generator was made for
+    for key in ('r_init', 'sigma_init', 'tau'):               # what the generator was made for
         config[key] = start['config'][key]
-    r_init, sigma_init = config['r_init'], config['sigma_init']
+    r_init, sigma_init, tau = config['r_init'], config['sigma_init'], config['tau']
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer'], tokenizer_path).to(device)
     words, T = packed['words'], start['args']['T']
 
@@ -231,8 +230,7 @@ if __name__ == '__main__':
         state = load_checkpoint(out, 'gan', 'Start without --resume.', fallback=True)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
             restore(network, state[name], out, name)
-        for optimizer, saved in zip(sum(optimizers, []), state['optimizers']):
-            optimizer.load_state_dict(saved)
+        restore_optimizers(sum(optimizers, []), state['optimizers'], out)
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux, disc)
     if compile:
@@ -333,7 +331,8 @@ if __name__ == '__main__':
     def relaxation_gap():
         """Toy FD between what the discriminator's side sees decoded, softmax(z), and hard samples of the same z."""
         logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, image_rngs(seed, range(250)))
-        soft, hard = (toy_features(tokenizer.decode(x)) for x in (relaxed(logits, 'soft', tau_soft), tokens))
+        soft, hard = (torch.cat([toy_features(tokenizer.decode(part)) for part in x.split(tokenizer.batch)])
+                      for x in (relaxed(logits, 'soft', tau_soft), tokens))
         return frechet_distance(soft, hard)
 
     teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None

@@ -563,6 +563,16 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
     return optimizers
 
 
+def restore_optimizers(optimizers, states, path):
+    """Loading that says what to do where a run is resumed with other kinds of optimizers."""
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise SystemExit(f'{path}: its optimizers do not fit ({error}); resume with the settings of Muon and of frozen '
+                         'tables that it was made with') from None
+
+
 def set_rate(optimizers, factor):
     for optimizer in optimizers:
         optimizer.param_groups[0]['lr'] = optimizer.peak * factor
@@ -946,8 +956,7 @@ if __name__ == '__main__':
         state = load_checkpoint(out, 'model', 'Start without --resume.', fallback=True)
         restore(net, state['net'], out, 'net')
         restore(average, state['ema'], out, 'ema')
-        for optimizer, saved in zip(optimizers, state['optimizers']):
-            optimizer.load_state_dict(saved)
+        restore_optimizers(optimizers, state['optimizers'], out)
         step = state['step']
     forward = torch.compile(net) if compile else net
     if rank == 0:

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, apply_gradients, aux_loss,
                    categorical, check_finite, configure, dimo_grad, ema_update, end_processes, final_table,
                    guided_logits, init_tokens, jeffreys, load_checkpoint, load_rewards, make_optimizers, one_step,
-                   progress, relaxed, remask, render, report_bench, restore, reward_sum, rng_for, same_tokens,
-                   same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes,
-                   surrogate, teacher_passes, token_entropy, word_ids, world_reward)
+                   progress, relaxed, remask, render, report_bench, restore, restore_optimizers, reward_sum, rng_for,
+                   same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch,
+                   start_processes, surrogate, teacher_passes, token_entropy, word_ids, world_reward)
 from tokenizer import wrong_caption
 
 # -----------------------------------------------------------------------------
@@ -122,7 +122,8 @@ def train_reward(kind, source, tokenizer, words, T, part, device):
     torch.manual_seed(seed + part)
     net = TwoTower(kind, len(words), T).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=reward_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    images, captions = source.batch(range(min(10_000, source.length)))
+    n = min(10_000, source.length)                                           # of a folder: spread over its classes
+    images, captions = source.batch(range(n) if source.is_world else torch.linspace(0, source.length - 1, n).long())
     with torch.no_grad():
         tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(250)])
     def wrong(caption, u):
@@ -211,9 +212,9 @@ if __name__ == '__main__':
     same_tokens(packed, start, teacher_path, init_path)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
-    r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, p_near, freeze_tables = (
+    r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, p_near, label_smoothing, freeze_tables = (
         start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'beta', 'cfg_scale', 'schedule', 'p_full',
-                                         'p_near', 'freeze_tables'))
+                                         'p_near', 'label_smoothing', 'freeze_tables'))
     config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
     source = Images(start['data'], tokenizer.config['image_size'], expected=words)
 
@@ -227,6 +228,10 @@ if __name__ == '__main__':
                                          **{name: net.state_dict() for name, net in nets.items()}))
     if world > 1:
         dist.barrier()
+    made = load_checkpoint(world_file, 'rewards', fallback=True)
+    if made['words'] != words or made['step'] != reward_steps:
+        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {len(made["words"])} words, expected '
+                         f'{reward_steps} for {len(words)}; delete it, or choose another --out_dir')
     rewards = load_rewards(config, world_file, device)
     if not rewards:
         raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
@@ -250,8 +255,7 @@ if __name__ == '__main__':
         state = load_checkpoint(out, 'reward', 'Start without --resume.', fallback=True)
         for name, network in (('net', generator), ('average', generator_ema), ('aux', aux)):
             restore(network, state[name], out, name)
-        for optimizer, saved in zip(optimizers[0] + optimizers[1], state['optimizers']):
-            optimizer.load_state_dict(saved)
+        restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
         history, best = state['history'], state['ema']
     same_weights(generator, generator_ema, aux)
@@ -301,7 +305,7 @@ if __name__ == '__main__':
                 with autocast:
                     aux_logits = aux(x_t, cond)
                 grad = w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
-                psi_loss = aux_loss(aux_logits, tokens, mask)
+                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
                 psi_loss.backward()
                 numbers.update(aux_loss=psi_loss.detach(), divergence=(
                     jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()))
@@ -331,7 +335,7 @@ if __name__ == '__main__':
         # Measure, keep the best by held-out reward, save, show, stop
         ending = step >= steps or stop.now(step, device)
         if rank == 0 and (step % save_every == 0 or ending):
-            if not history or history[-1]['step'] != step:
+            if (step % save_every == 0 or step >= steps) and step not in [h['step'] for h in history]:
                 captions, _ = reference.prompts(min(500, n_eval))
                 drawn, _ = render(from_net(generator_ema), tokenizer, conditions(captions), seed)
                 row = reference.measure(drawn, captions)

@@ -60,8 +60,17 @@ import os, signal, torch
 real, left = {call}, [{nth}]
 def deadly(*args, **options):
     left[0] -= 1
-    return real(*args, **options) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+    if not left[0]:
+        os.kill(os.getpid(), signal.{signal})
+    return real(*args, **options)
 {call} = deadly
+"""
+BF16 = """
+import torch
+real = torch.autocast
+def cpu_too(device, dtype=None, enabled=True):
+    return real(device, torch.bfloat16, enabled=enabled or dtype is not None)
+torch.autocast = cpu_too
 """
 FULL = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'      # no file beyond 2 kB
 
@@ -321,6 +330,7 @@ def picture_folder(root):
     whole = open(f'{root}/cat/a.png', 'rb').read()
     open(f'{root}/cat/truncated.png', 'wb').write(whole[:len(whole) // 2])
     open(f'{root}/dog/notes.txt', 'w').write('not an image')
+    os.symlink(f'{root}/nowhere.png', f'{root}/dog/dead_link.png')             # not even a file
 
 def test_folder_reads_every_mode():
     with tempfile.TemporaryDirectory() as root:
@@ -953,7 +963,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
         print(f'    {script} dies at number {nth} of {call}')
         with tempfile.TemporaryDirectory() as root:
             folder, name = ready_for(script, f'{root}/out'), script[:-3]
-            code, text = run(script, f'--out_dir={folder}', before=KILL.format(call=call, nth=nth))
+            code, text = run(script, f'--out_dir={folder}', before=KILL.format(call=call, nth=nth, signal='SIGKILL'))
             assert code == -signal.SIGKILL and os.path.exists(f'{folder}/{name}.log.jsonl'), text[-1500:]
             must_run(script, f'--out_dir={folder}', '--resume')
             a, b = (torch.load(f'{f}/{name}.pt', weights_only=True) for f in (whole, folder))
@@ -976,6 +986,15 @@ def test_ctrl_c_leaves_a_usable_file():
         assert process.returncode == 0 and 'Traceback' not in text, text[-800:]
         last = json.loads(open(log).read().splitlines()[-1])
         assert torch.load(f'{folder}/model.pt')['step'] >= last['step'] > 0
+
+def test_every_stage_runs_in_bfloat16():
+    with tempfile.TemporaryDirectory() as folder:
+        for script in TINY:
+            must_run(script, f'--out_dir={folder}', before=BF16)
+        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=BF16)
+    tokenizer, z = small_tokenizer(), torch.randn(2, 16, 4)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(tokenizer.nearest(z), tokenizer.double().nearest(z.double()))
 
 def test_two_processes_give_the_gradient_of_one():
     def gradients(script, folder, processes):
@@ -1544,18 +1563,19 @@ def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run():
     assert not reward.has_turned([], 3) and not reward.has_turned([1, 5, 4, 3], 3) and not reward.has_turned([9, 1], 0)
     assert reward.has_turned([1, 5, 4, 3, 4.9], 3) and not reward.has_turned([1, 5, 4, 3, 6], 3)
 
-def test_reward_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
+def test_reward_killed_or_interrupted_and_resumed_equals_an_uninterrupted_run_bit_for_bit():
     whole = reward_run()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ('tokenizer', 'model', 'distill', 'rewards'):
-            os.link(f'{whole}/{name}.pt', f'{folder}/{name}.pt')
-        deadly = KILL.format(call='torch.optim.AdamW.step', nth=random.randint(9, 15))
-        code, text = run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=deadly)
-        assert code == -signal.SIGKILL, text[-1500:]
-        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, '--resume')
-        a, b = (torch.load(f'{f}/reward.pt', weights_only=True) for f in (whole, folder))
-        same({**a, 'config': 0}, {**b, 'config': 0})
-        assert open(f'{whole}/reward.log.jsonl').read() == open(f'{folder}/reward.log.jsonl').read()
+    for how, code in (('SIGKILL', -signal.SIGKILL), ('SIGINT', 0)):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ('tokenizer', 'model', 'distill', 'rewards'):
+                os.link(f'{whole}/{name}.pt', f'{folder}/{name}.pt')
+            deadly = KILL.format(call='torch.optim.AdamW.step', nth=random.randint(9, 15), signal=how)
+            found, text = run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=deadly)
+            assert found == code, text[-1500:]
+            must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, '--resume')
+            a, b = (torch.load(f'{f}/reward.pt', weights_only=True) for f in (whole, folder))
+            same({**a, 'config': 0}, {**b, 'config': 0})
+            assert open(f'{whole}/reward.log.jsonl').read() == open(f'{folder}/reward.log.jsonl').read()
 
 def climb(emb, **options):
     """A toy ascent: the image is a slice of the embedding, its score a parabola with the top at 1."""
@@ -1599,7 +1619,8 @@ def test_tteo_writes_its_table_curve_and_grid():
         assert abs(a['kept'] - b['kept']) < 1e-3                             # the same images whatever the batch
     ask = ['tteo.py', '--ckpt', f'{folder}/reward.pt']
     must_refuse(*ask, '--prompt', 'a purple circle', words="unknown word 'purple'")
-    must_refuse('reward.py', f'--out_dir={folder}', '--w_clip=0', words='every reward has weight 0')
+    must_refuse('reward.py', f'--out_dir={folder}', '--w_clip=0', '--reward_steps=3', words='every reward has weight 0')
+    must_refuse('reward.py', f'--out_dir={folder}', '--reward_steps=4', words='rewards.pt: made in 3 steps')
 
 def transformers_or_skip():
     try:
@@ -1814,6 +1835,12 @@ def test_a_teacher_and_a_generator_must_share_their_tokenizer():
     b['tokenizer']['net'] = {k: v + 1 for k, v in b['tokenizer']['net'].items()}
     exits_with(lambda: M.same_tokens(a, b, 'x.pt', 'y.pt'), 'x.pt and y.pt', '--teacher_ckpt')
     exits_with(lambda: M.same_tokens(a, {'tokenizer': {'kind': 'maskgit'}}, 'x.pt', 'y.pt'), 'different tokenizers')
+
+def test_other_optimizers_than_the_saved_ones_are_explained():
+    made = lambda rate: M.make_optimizers(small_model(), rate, 1e-3, (0.9, 0.99))
+    states = [o.state_dict() for o in made(0.01)]
+    M.restore_optimizers(made(0.01), states, 'x.pt')
+    exits_with(lambda: M.restore_optimizers(made(0), states, 'x.pt'), 'x.pt: its optimizers', 'Muon')
 
 def test_errors_of_the_scripts_are_one_line():
     with tempfile.TemporaryDirectory() as root:

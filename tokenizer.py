@@ -298,13 +298,13 @@ class Images:
 
     def find_files(self):
         """Classes in the order of their names, numbers in the order of their values."""
-        data = self.data
-        if not os.path.isdir(data):
+        data, root = self.data, os.path.abspath(self.data)
+        if not os.path.isdir(root):
             raise SystemExit(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a folder of images")
-        root = os.path.abspath(data)
         names = sorted((d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith('.')),
                        key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-        walk = lambda top: sorted(os.path.join(w, f) for w, _, fs in os.walk(top) for f in fs if not f.startswith('.'))
+        walk = lambda top: sorted(path for w, _, fs in os.walk(top) for f in fs if not f.startswith('.')
+                                  and os.path.isfile(path := os.path.join(w, f)))        # no dead links
         groups = {name: files for name in names if (files := walk(os.path.join(root, name)))} or {'image': walk(root)}
         self.words, self.caption_length = tuple(groups), 1
         self.files = [(path, label) for label, files in enumerate(groups.values()) for path in files]
@@ -572,7 +572,8 @@ class Tokenizer(nn.Module):
         if self.config['S']:
             return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
         e = self.codebook.weight
-        return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all rows
+        with torch.autocast(z.device.type, enabled=False):       # bf16 would choose another code for a third of them
+            return (e.square().sum(1) - 2 * z.to(e.dtype) @ e.T).argmin(-1)  # |z|^2 is the same for all rows
 
     def decode_latents(self, z):
         """(B, N, code_dim) -> images (B, 3, H, W), not clamped."""
@@ -704,7 +705,9 @@ RULE = '# ' + '-' * 77
 ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosine'), relax=('soft', 'gumbel', 'st'),
                weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
 LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
-             teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6)
+             teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6,
+             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1, lr=0,
+             generator_lr=0, aux_lr=0, disc_lr=0, reward_lr=0, muon_lr=0, generator_muon=0, aux_muon=0, disc_muon=0)
 SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
 
 
@@ -746,6 +749,8 @@ def configure(g, argv=None):
         except (ValueError, KeyError, OverflowError):
             wanted = 'true, false, 1 or 0' if kind is bool else f'a value of type {kind.__name__}'
             raise SystemExit(f'{name}: --{key} takes {wanted} (default {defaults[key]!r}), not {text!r}') from None
+    if g.get('data') and g['data'] not in WORLDS:                # a checkpoint names the folder from anywhere
+        g['data'] = os.path.abspath(g['data'])
     for key in keys:
         value, least = g[key], LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
@@ -866,7 +871,7 @@ def writing(path):
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         yield
-    except (OSError, RuntimeError) as error:                                             # torch.save raises the latter
+    except (OSError, RuntimeError, ValueError) as error:                                 # of torch.save, of PIL
         raise SystemExit(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; '
                          'free some space or permissions, or choose another folder with --out_dir=...') from None
 
@@ -1074,6 +1079,7 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
+    warmup_free = min(warmup_free, steps // 2)                                # short runs get a codebook too
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
     torch.manual_seed(seed)
     try:
@@ -1095,7 +1101,8 @@ if __name__ == '__main__':
         print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {images.length} images, {net.N} '
               f'tokens of {n_codes} codes, {steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
     base = HELD_OUT if images.is_world else 0
-    fixed, captions = images.batch(range(base, base + min(32, images.length)))
+    spread = lambda n: base + np.linspace(0, images.length - 1, min(n, images.length)).astype(int)  # over all classes
+    fixed, captions = images.batch(spread(32))
 
     def update():
         """One training step: gradients over the micro-batches, clip, AdamW. -> (mean |error|, vq loss, grad norm)"""
@@ -1163,7 +1170,7 @@ if __name__ == '__main__':
     if rank == 0:
         bar.close()
         with torch.no_grad():
-            held = images.batch(range(base, base + min(2000, images.length)))[0]
+            held = images.batch(spread(2000))[0]
             ids = torch.cat([net.encode(x.to(device)) for x in held.split(250)])
             again = torch.cat([net.decode(x).cpu() for x in ids.split(250)])
         share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
