@@ -706,8 +706,7 @@ ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosi
                weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
 LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
              teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6,
-             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1, lr=0,
-             generator_lr=0, aux_lr=0, disc_lr=0, reward_lr=0, muon_lr=0, generator_muon=0, aux_muon=0, disc_muon=0)
+             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1)
 SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
 
 
