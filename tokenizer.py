@@ -1114,7 +1114,7 @@ if __name__ == '__main__':
             limit = HELD_OUT if images.is_world else images.length
             x = images.batch(torch.randint(limit, (micro,), generator=rng).tolist())[0].to(device)
             with autocast:
-                y, z, q = forward(x, quantise)
+                y, z, q = (part.float() for part in forward(x, quantise))                # losses in float32
             vq = F.mse_loss(q, z.detach()) + commitment * F.mse_loss(z, q.detach())      # VQ-VAE Eq. 3
             (F.l1_loss(y, x) + F.mse_loss(y, x) + vq).backward()
             usage.add_(torch.bincount(net.nearest(z.detach()).flatten(), minlength=n_codes))
