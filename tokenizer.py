@@ -872,7 +872,7 @@ def writing(path):
         yield
     except (OSError, RuntimeError, ValueError) as error:                                 # of torch.save, of PIL
         raise SystemExit(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; '
-                         'free some space or permissions, or choose another folder with --out_dir=...') from None
+                         'free some space or permissions, or choose another place (--out_dir=...)') from None
 
 
 def save_checkpoint(path, state):
