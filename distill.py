@@ -255,7 +255,7 @@ if __name__ == '__main__':
     if rank == 0 and step >= steps and not reference:
         print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
     elif rank == 0 and step >= steps:
-        samplers = {f'teacher, {n} steps': (teacher_passes(n, teacher_cfg), many_steps(n))
+        samplers = {f'teacher, {n} steps': (teacher_passes(teacher, n, teacher_cfg), many_steps(n))
                     for n in sorted({1, min(4, teacher_steps), teacher_steps})}
         final_table(out[:-3], {**samplers, 'student, 1 step': (1, student)}, tokenizer, reference, conditions, n_eval,
                     seed, config)

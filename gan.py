@@ -397,7 +397,8 @@ if __name__ == '__main__':
     if rank == 0 and step >= steps:
         before = MDM(**start['args']).to(device).eval()
         restore(before, start['ema'], init, 'ema')
-        samplers = {f'teacher, {teacher_steps} steps': (teacher_passes(teacher_steps, teacher_cfg), many_steps),
+        passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
+        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
                     f'{start["stage"]}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
         final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
     end_processes()

@@ -101,6 +101,7 @@ class MDM(nn.Module):
         if D % n_head:
             raise ValueError(f'width D = {D} is not a multiple of n_head = {n_head}')
         self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N // S, V, D, V, n_words
+        self.law = 'maskbit' if bits else 'maskgit'                          # the sampler it was published with
         self.checkpointing = False                                           # recompute blocks in backward: less memory
         self.pos_emb = nn.Parameter(torch.zeros(1, self.L + T, D))
         if bits:
@@ -265,7 +266,7 @@ PUBLISHED = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=
 def same_tokens(teacher, generator, teacher_path, path):
     """Exit unless both checkpoints speak of the same tokens: one tokenizer."""
     a, b = teacher['tokenizer'], generator['tokenizer']
-    same = a.get('kind') == b.get('kind') and a.get('args') == b.get('args')
+    same = all(a.get(key) == b.get(key) for key in ('kind', 'args', 'digest'))
     if not same or any(not torch.equal(v, b['net'][k]) for k, v in a.get('net', {}).items()):
         raise SystemExit(f'{teacher_path} and {path} have different tokenizers, so their tokens do not mean the same; '
                          'give the teacher of that generator with --teacher_ckpt=...')
@@ -409,9 +410,10 @@ def sampling_plan(steps, N, law='maskgit', power=3.0):
     return counts, ((1 - torch.cos(math.pi * (j / steps) ** power)) / 2).tolist(), (1 - q).tolist()
 
 
-def teacher_passes(steps, cfg_scale):
-    """Network passes of `sample_teacher`: guidance doubles every step but the first, where it is 1."""
-    return steps if cfg_scale == 1 else 2 * steps - 1
+def teacher_passes(model, steps, cfg_scale, law='', power=3.0):
+    """Network passes of `sample_teacher`: guidance doubles the steps where it is not 1, as it is at the first."""
+    shares = sampling_plan(steps, model.N, law or model.law, power)[1]
+    return sum(1 + (1 + (cfg_scale - 1) * share != 1) for share in shares)
 
 
 @torch.no_grad()
@@ -423,8 +425,7 @@ def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=N
     steps, cfg_scale 8.1, gumbel 7.8, power 3."""
     B, device = len(cond[0] if isinstance(cond, tuple) else cond), next(model.parameters()).device
     x = torch.full((B, model.N), model.mask_id, device=device)
-    law = law or ('maskbit' if model.config['bits'] else 'maskgit')
-    for count, guide, noisy in zip(*sampling_plan(steps, model.N, law, power)):
+    for count, guide, noisy in zip(*sampling_plan(steps, model.N, law or model.law, power)):
         logits = guided_logits(model, x, cond, 1 + (cfg_scale - 1) * guide).float() / tau
         probs = filter_probs(logits.softmax(-1), top_k, top_p)
         tokens = categorical(probs, rng)

@@ -221,8 +221,11 @@ if __name__ == '__main__':
     # Rewards: the optimised ones and the held-out one
     if rank == 0 and not os.path.exists(world_file):
         print(f'{world_file} is missing: training two small reward models, expected 2 minutes on 2 CPU cores')
-        nets = {name: train_reward(kind, source, tokenizer, words, prompts.shape[1], part, device)
-                for part, (name, kind) in enumerate((('clip', 'conv'), ('held_out', 'patch')))}
+        try:
+            nets = {name: train_reward(kind, source, tokenizer, words, prompts.shape[1], part, device)
+                    for part, (name, kind) in enumerate((('clip', 'conv'), ('held_out', 'patch')))}
+        except KeyboardInterrupt:
+            raise SystemExit('reward.py: stopped; the same command trains the reward models anew') from None
         save_checkpoint(world_file, dict(stage='rewards', step=reward_steps, config=config, words=words,
                                          args={name: net.config for name, net in nets.items()},
                                          **{name: net.state_dict() for name, net in nets.items()}))
@@ -385,7 +388,7 @@ if __name__ == '__main__':
         kept = max(history, key=lambda h: h['held_out'] if patience else h['step'])['step']
         print(f'kept: step {kept}' + f', where the held-out reward was highest; stopped at {step}' * bool(patience))
         many = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
-        passes = teacher_passes(teacher_steps, teacher_cfg)
+        passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
         final_table(out[:-3], {
             f'teacher, {teacher_steps} steps': (passes, many), f'start, {start["stage"]}': (1, from_net(start_net)),
             'rewarded, 1 step': (1, from_net(generator_ema))}, tokenizer, reference, conditions, n_eval, seed, config)

@@ -222,7 +222,7 @@ if __name__ == '__main__':
             raise SystemExit(f'sample.py: {error}') from None
 
     def passes(cfg_scale):
-        return teacher_passes(steps, cfg_scale) if is_teacher else 1
+        return teacher_passes(model, steps, cfg_scale, law, power) if is_teacher else 1
 
     if metrics and inception:
         if length > 1:

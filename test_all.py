@@ -1142,7 +1142,10 @@ def test_maskbit_sampler_follows_its_plan():
         M.sample_teacher(mini('maskbit'), torch.zeros(2, 1).long(), 6, cfg_scale=8.1)
     used = [call.args[3] for call in spy.call_args_list]
     assert len(used) == 6 and np.allclose(used, 1 + 7.1 * np.array(M.sampling_plan(6, mini('maskbit').N, 'maskbit')[1]))
-    assert M.teacher_passes(6, 8.1) == 6 + sum(s != 1 for s in used) and M.teacher_passes(6, 1.0) == 6
+    assert M.teacher_passes(mini('maskbit'), 6, 8.1) == 6 + sum(s != 1 for s in used)
+    assert M.teacher_passes(mini('maskbit'), 6, 1.0) == 6
+    shares = M.sampling_plan(64, 512, 'maskbit')[1]                              # 0 in float32 at steps 1 to 3
+    assert sum(1 + (s != 0) for s in shares) == 125
     exits_with(lambda: M.sampling_plan(6, 32, 'cosine'), "'cosine'", 'maskgit or maskbit')
 
 def test_one_hot_is_bitwise_the_hard_path_in_both_published_layouts():
@@ -1400,7 +1403,7 @@ def test_published_teachers_go_through_distillation_gan_sampling_and_metrics():
             text = must_run('distill.py', *files, f'--out_dir={folder}', '--steps=4', '--cfg_scale=2', '--aux_muon=0')
             assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
             student = torch.load(f'{folder}/distill.pt', weights_only=True)
-            assert set(student['tokenizer']) == {'kind', 'path', 'grid', 'S'}   # not its weights
+            assert set(student['tokenizer']) == {'kind', 'path', 'grid', 'S', 'digest'}  # not its weights
             for k in range(student['args']['n_words']):                        # names as ImageNet's
                 os.makedirs(f'{folder}/data/n0144{k}')
                 Image.fromarray(real[k]).save(f'{folder}/data/n0144{k}/x.png')
@@ -1835,6 +1838,17 @@ def test_a_teacher_and_a_generator_must_share_their_tokenizer():
     b['tokenizer']['net'] = {k: v + 1 for k, v in b['tokenizer']['net'].items()}
     exits_with(lambda: M.same_tokens(a, b, 'x.pt', 'y.pt'), 'x.pt and y.pt', '--teacher_ckpt')
     exits_with(lambda: M.same_tokens(a, {'tokenizer': {'kind': 'maskgit'}}, 'x.pt', 'y.pt'), 'different tokenizers')
+    with tempfile.TemporaryDirectory() as root:                                  # the same of published ones, by hash
+        path = f'{root}/tokenizer.bin'
+        for k, saved in enumerate(packs := [{}, {}]):
+            tokenizer = mini_tokenizer('maskbit')
+            torch.nn.init.constant_(tokenizer.decoder.conv_out.weight, k)
+            torch.save(published(tokenizer, 'maskbit'), path)
+            saved['tokenizer'] = T.Tokenizer.from_pretrained('maskbit', path, tokenizer.grid).pack()
+        M.same_tokens(packs[1], packs[1], 'x.pt', 'y.pt')
+        exits_with(lambda: M.same_tokens(*packs, 'x.pt', 'y.pt'), 'different tokenizers')
+        T.Tokenizer.from_checkpoint(packs[1]['tokenizer'])
+        exits_with(lambda: T.Tokenizer.from_checkpoint(packs[0]['tokenizer']), 'other weights', '--tokenizer_path')
 
 def test_other_optimizers_than_the_saved_ones_are_explained():
     made = lambda rate: M.make_optimizers(small_model(), rate, 1e-3, (0.9, 0.99))

@@ -378,10 +378,8 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
     condition ids; with `flips` each image is followed by its mirror image. Encoded once: processes share the work (all
     must call this), and an interrupted run continues. The file name carries a hash of the images and of the
     tokenizer's weights, so a stale cache is never used."""
-    digest = hashlib.sha256(json.dumps(images.key() + ['flips'] * flips).encode())
-    for name, value in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    path = os.path.join(folder, f'tokens-{digest.hexdigest()[:16]}.npy')
+    key = json.dumps([*images.key(), bool(flips), tokenizer.digest()])
+    path = os.path.join(folder, f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy')
     missing, rank, world = not os.path.exists(path), 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -612,13 +610,23 @@ class Tokenizer(nn.Module):
         """Rebuild from what `pack` puts into every checkpoint of ours; `path` says where a published one is now."""
         if 'kind' in saved:
             try:
-                return cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0))
+                tokenizer = cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0))
+                if tokenizer.source['digest'] != saved.get('digest', tokenizer.source['digest']):
+                    raise ValueError(f'{tokenizer.source["path"]}: other weights than this run was made with')
+                return tokenizer
             except (ValueError, FileNotFoundError) as error:
                 raise SystemExit(f'{error} (a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
                                  ) from None
         tokenizer = cls(**saved['args'])
         tokenizer.load_state_dict(saved['net'])
         return tokenizer.eval().requires_grad_(False)
+
+    def digest(self):
+        """What its tokens mean, in a word: hash of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def pack(self):
         """What a checkpoint stores: a small tokenizer itself, of a published one where it is."""
@@ -666,7 +674,7 @@ class Tokenizer(nn.Module):
             fill(tokenizer, w, lambda key: published_name(key, kind, len(widths)), name)
         if isinstance(path, (str, os.PathLike)):
             path = path if path == 'random' else os.path.abspath(path)
-            tokenizer.source = dict(kind=kind, path=path, grid=grid, S=S)
+            tokenizer.source = dict(kind=kind, path=path, grid=grid, S=S, digest=tokenizer.digest())
         return tokenizer.eval().requires_grad_(False)
 
 

@@ -235,8 +235,8 @@ if __name__ == '__main__':
     save_curve(f'{name}-curve.png', {'TTEO': curve(ascent, passes, column),
                                      'best of N': curve(control, range(1, best_of + 1), column)}, label)
     keys = ('kept', 'held_out', 'followed', 'current', 'moved')
-    history = lambda rows, cost: [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)})
-                                  for c, r in zip(cost, rows)]
+    history = lambda rows, cost: [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)
+                                                    if not v.isnan().any()}) for c, r in zip(cost, rows)]
     with writing(f'{name}.json'), open(f'{name}.json', 'w') as file:
         json.dump(dict(config=config, table=table, trajectory=history(ascent, passes),
                        best_of=history(control, range(1, best_of + 1))), file, indent=1)
