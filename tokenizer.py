@@ -243,14 +243,15 @@ def factors(images, captions, world='shapes'):
     unnamed = lambda part: np.array([not asked[i][0][part] for i in found['image']], dtype=bool) & known
     alone = np.array([len(asked[i]) == 1 for i in found['image']], dtype=bool) & known
     place = 2 * (found['row'] >= SIZE // 2) + (found['column'] >= SIZE // 2)
-    image, size, uniform = found['image'], found['size'], lambda k: np.full(k, 1 / k)
+    image, size, color, uniform = found['image'], found['size'], found['color'], lambda k: np.full(k, 1 / k)
     pair = (image[1:] == image[:-1]) & known[1:] & known[:-1] & ~alone[1:]                # two objects of one image
     n, large = (np.bincount(image[known], w, len(captions)).astype(int) for w in (None, size[known]))
     group = np.concatenate([large[n == 3], 4 + large[n == 4]])                            # large ones of 3, of 4
     coins = np.concatenate([sum(n == 3) * np.array([1, 3, 3, 1]) / 8, sum(n == 4) * np.array([1, 4, 6, 4, 1]) / 16])
     table = {'size': (size[known], uniform(2)), 'pairs': ((size[1:] == size[:-1])[pair] + 0, uniform(2)),  # alike?
+             'color pairs': ((color[1:] == color[:-1])[pair & unnamed(0)[1:]] + 0, np.array([0.75, 0.25])),
              'groups': (group, coins / len(group) if len(group) else uniform(9)),
-             'position': (place[alone], uniform(4)), 'color': (found['color'][unnamed(0)], uniform(4)),
+             'position': (place[alone], uniform(4)), 'color': (color[unnamed(0)], uniform(4)),
              'shape': (found['shape'][unnamed(1)], uniform(4)),
              'background': (found['background'], uniform(4 if world == 'shapes-open' else 1))}
     def distance(values, law):
