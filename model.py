@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, apply_gradients, bit_rows, check,
                        check_finite, configure, end_processes, factors, fill, load_checkpoint, parse_caption, progress,
-                       read_published, report_bench, restore, rng_for, same_weights, save_checkpoint, save_grid,
-                       shape_of, split_batch, start_processes, token_data, word_ids, writing)
+                       read_published, report_bench, restore, restore_optimizers, rng_for, same_weights,
+                       save_checkpoint, save_grid, shape_of, split_batch, start_processes, token_data, word_ids,
+                       writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -364,7 +365,8 @@ def guided_logits(model, x, cond, cfg_scale):
     """u + s (c - u), both halves in one batch: x (B, N) -> logits (B, N, V). s = 1 needs no second half."""
     if cfg_scale == 1:
         return model(x, cond)
-    c, u = model(torch.cat([x, x]), both(cond, model.null(cond))).chunk(2)
+    logits = model(torch.cat([x, x]), both(cond, model.null(cond)))
+    c, u = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2)  # s would magnify bf16's rounding
     return torch.lerp(u, c, cfg_scale)
 
 
@@ -562,16 +564,6 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
     for optimizer in optimizers:
         optimizer.peak = optimizer.param_groups[0]['lr']                     # not saved: a resumed run takes the flag's
     return optimizers
-
-
-def restore_optimizers(optimizers, states, path):
-    """Loading that says what to do where a run is resumed with other kinds of optimizers."""
-    try:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise SystemExit(f'{path}: its optimizers do not fit ({error}); resume with the settings of Muon and of frozen '
-                         'tables that it was made with') from None
 
 
 def set_rate(optimizers, factor):

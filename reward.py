@@ -125,7 +125,7 @@ def train_reward(kind, source, tokenizer, words, T, part, device):
     n = min(10_000, source.length)                                           # of a folder: spread over its classes
     images, captions = source.batch(range(n) if source.is_world else torch.linspace(0, source.length - 1, n).long())
     with torch.no_grad():
-        tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(250)])
+        tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(tokenizer.batch)])
     def wrong(caption, u):
         others = [w for w in words if w != caption]
         return wrong_caption(caption, u) if source.is_world else others[int(u * len(others))]

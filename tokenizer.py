@@ -544,7 +544,7 @@ class Tokenizer(nn.Module):
         groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or widths[-1], S > 0
         self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
         self.N = self.S * self.grid ** 2
-        self.batch = max(1, min(250, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
+        self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
         self.encoder = encoder(ch, widths, n_res, z, groups, plain, attend, mid)
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))                            # (V, code_dim)
@@ -779,7 +779,7 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))  # rank 0 may train a teacher
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if rank == 0:
         reason = 'bf16 autocast' if bf16 else 'float32, the GPU has no bf16' if cuda else 'float32, no CUDA device'
         print(f'{world} process(es) on {torch.cuda.get_device_name(device) if cuda else "cpu"}: {reason}')
@@ -1007,6 +1007,19 @@ def restore(module, weights, path, name):
                          'Use the same settings, or another --out_dir.') from None
 
 
+def restore_optimizers(optimizers, states, path):
+    """Loading that says what to do where a run is resumed with other kinds of optimizers; on another device too."""
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group in state['param_groups']:
+                if 'fused' in group:
+                    group['fused'] = optimizer.defaults['fused']
+            optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise SystemExit(f'{path}: its optimizers do not fit ({error}); resume with the settings of Muon and of frozen '
+                         'tables that it was made with') from None
+
+
 class Log:
     """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the seed only (times go
     to the console), so that a resumed run writes the same lines as an uninterrupted one."""
@@ -1066,14 +1079,14 @@ def report_bench(step, images_per_step, device, autocast):
         step()
     timed(step, 3, device)
     seconds = timed(step, 20, device)
+    memory = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     n = 8192 if device.type == 'cuda' else 1536
     with autocast:
         a = torch.randn(n, n, device=device)
         a = a.to(torch.bfloat16) if torch.is_autocast_enabled(device.type) else a
         timed(lambda: a @ a, 3, device)
         peak = 2 * n ** 3 / timed(lambda: a @ a, 5, device)
-    memory = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     flops = counter.get_total_flops()
     if is_rank0():
         print(f'bench: ms_per_step {seconds * 1e3:.1f}, images_per_s {images_per_step / seconds:.1f}, gflop_per_step '
@@ -1100,7 +1113,7 @@ if __name__ == '__main__':
     if resume:
         state = load_checkpoint(out, 'tokenizer', 'Start without --resume.', fallback=True)
         restore(net, state['net'], out, 'net')
-        optimizer.load_state_dict(state['optimizer'])
+        restore_optimizers([optimizer], [state['optimizer']], out)
         usage, step = state['usage'].to(device), state['step']
     same_weights(net)
     forward = torch.compile(net) if compile else net
@@ -1135,7 +1148,8 @@ if __name__ == '__main__':
         rng = rng_for(seed, step, -1)
         x = images.batch(torch.randint(images.length, (min(256, images.length),), generator=rng).tolist())[0]
         with torch.no_grad():
-            return spread_out(net.latents(x.to(device)).float().flatten(0, 1).cpu(), k, rng).to(device)
+            z = torch.cat([net.latents(part.to(device)).float() for part in x.split(net.batch)])
+            return spread_out(z.flatten(0, 1).cpu(), k, rng).to(device)
 
     if bench:
         report_bench(update, batch_size, device, autocast)
@@ -1163,6 +1177,7 @@ if __name__ == '__main__':
             dead = (usage < 1) | (step == warmup_free)
             if dead.any():
                 net.codebook.weight.data[dead] = new_codes(int(dead.sum()))
+                same_weights(net)                                            # equal but for a last bit, which can grow
             usage.zero_()
         # -------------------------------------------------------------------------
         error, vq, norm = update()
@@ -1179,8 +1194,8 @@ if __name__ == '__main__':
         bar.close()
         with torch.no_grad():
             held = images.batch(spread(2000))[0]
-            ids = torch.cat([net.encode(x.to(device)) for x in held.split(250)])
-            again = torch.cat([net.decode(x).cpu() for x in ids.split(250)])
+            ids = torch.cat([net.encode(x.to(device)) for x in held.split(net.batch)])
+            again = torch.cat([net.decode(x).cpu() for x in ids.split(net.batch)])
         share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
         print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
               f'{(share > 0).sum()} of {n_codes}, perplexity {torch.special.entr(share).sum().exp():.1f} -> {out}')

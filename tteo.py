@@ -174,6 +174,8 @@ if __name__ == '__main__':
         for part in (slice(k, k + batch) for k in range(0, n, batch)):
             clock = time.time()
             for k, (shown, best, images, moved) in enumerate(iterates(part)):
+                if device.type == 'cuda':
+                    torch.cuda.synchronize()
                 spent += time.time() - clock
                 if k == 0:
                     first.append(images.cpu())
