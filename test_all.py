@@ -1858,7 +1858,9 @@ def test_a_teacher_and_a_generator_must_share_their_tokenizer():
 def test_other_optimizers_than_the_saved_ones_are_explained():
     made = lambda rate: M.make_optimizers(small_model(), rate, 1e-3, (0.9, 0.99))
     states = [o.state_dict() for o in made(0.01)]
-    M.restore_optimizers(made(0.01), states, 'x.pt')
+    states[0]['param_groups'][0]['fused'] = True                                 # as saved on a GPU
+    M.restore_optimizers(optimizers := made(0.01), states, 'x.pt')
+    assert optimizers[0].param_groups[0]['fused'] is False
     exits_with(lambda: M.restore_optimizers(made(0), states, 'x.pt'), 'x.pt: its optimizers', 'Muon')
 
 def test_errors_of_the_scripts_are_one_line():
