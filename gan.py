@@ -330,7 +330,8 @@ if __name__ == '__main__':
     @torch.no_grad()
     def relaxation_gap():
         """Toy FD between what the discriminator's side sees decoded, softmax(z), and hard samples of the same z."""
-        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, image_rngs(seed, range(250)))
+        rngs = image_rngs(seed, range(250), device)
+        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, rngs)
         soft, hard = (torch.cat([toy_features(tokenizer.decode(part)) for part in x.split(tokenizer.batch)])
                       for x in (relaxed(logits, 'soft', tau_soft), tokens))
         return frechet_distance(soft, hard)

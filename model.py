@@ -353,7 +353,6 @@ def remask(tokens, mask_id, schedule, rng, p_full=0.0, p_near=0.0):
     return tokens.masked_fill(mask, mask_id), mask
 
 
-# -----------------------------------------------------------------------------
 # Guidance and the samplers
 
 def both(cond, null):
@@ -679,9 +678,9 @@ def show_table(entries):
         print(name(e) + ''.join(f'{v:15.3f}' for v in row.values()))
 
 
-def image_rngs(seed, index):
+def image_rngs(seed, index, device='cpu'):
     """One random generator per image: the same image whatever the batch."""
-    return [rng_for(seed, int(i), 'image') for i in index]
+    return [rng_for(seed, int(i), 'image', device) for i in index]
 
 
 @torch.no_grad()
@@ -690,7 +689,7 @@ def render(sample, tokenizer, cond, seed, batch=250):
     device, images, start = next(tokenizer.parameters()).device, [], time.time()
     for k in range(0, len(cond), batch):
         part = cond[k:k + batch].to(device)
-        tokens = sample(part, image_rngs(seed, range(k, k + len(part))))
+        tokens = sample(part, image_rngs(seed, range(k, k + len(part)), device))
         images += [tokenizer.decode(t).float().cpu() for t in tokens.split(tokenizer.batch)]  # waits for the device
     return torch.cat(images), (time.time() - start) * 1000 / len(cond)
 

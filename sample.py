@@ -155,7 +155,7 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
     bar = progress(n, 'samples for FID')
     for start in range(rank * batch, n, world * batch):
         index = range(start, min(start + batch, n))
-        tokens = draw(labels[list(index)].to(device), image_rngs(seed, index))
+        tokens = draw(labels[list(index)].to(device), image_rngs(seed, index, device))
         pixels = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens.split(tokenizer.batch)])
         features[start:index[-1] + 1], probs[start:index[-1] + 1] = x, p = network(pixels)
         moments.add(x)

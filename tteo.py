@@ -190,7 +190,7 @@ if __name__ == '__main__':
     def draw_number(j, part):
         """Fresh start j of these images -> (embedding, image handed out, score, generators); 0 is sample.py's."""
         index = range(part.start, min(part.stop, n))
-        rngs = [rng_for(seed, k, ('draw', j)) for k in index] if j else image_rngs(seed, index)
+        rngs = [rng_for(seed, k, ('draw', j), device) for k in index] if j else image_rngs(seed, index, device)
         with torch.no_grad():
             emb = start_embedding(conditions[part], rngs)
             images = drawing(conditions[part], rngs)(emb)[1]
