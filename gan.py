@@ -209,7 +209,8 @@ if __name__ == '__main__':
         for name, state in made_by.items():
             network = MDM(**start['args']).to(device).eval().requires_grad_(False)
             restore(network, state['ema'], name, 'ema')
-            probs = one_step(network, cond, r_init, sigma_init, tau, image_rngs(seed, range(32)))[0].float().softmax(-1)
+            rngs = image_rngs(seed, range(32), device)
+            probs = one_step(network, cond, r_init, sigma_init, tau, rngs)[0].float().softmax(-1)
             for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.table),
                                    ('first block', first_block, teacher.table[:teacher.V])):
                 rng = rng_for(seed, 0, 'bias', device)
