@@ -75,8 +75,11 @@ class Block(nn.Module):
 
     def attention(self, x):
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, L, D / H)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D))
+        qkv = self.qkv(x) if x.is_cuda else self.qkv(x).to(self.qkv.weight.dtype)  # a CPU's bf16 is slow here:
+        with torch.autocast('cpu', enabled=False):                           # five times float32's time in backward
+            q, k, v = qkv.view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, L, D / H)
+            h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(1, 2).reshape(B, L, D))
 
     def forward(self, x):
         if self.post_norm:
@@ -147,7 +150,8 @@ class MDM(nn.Module):
         """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
         from 1. For the discriminator heads and the output."""
         words = self.cond_emb(cond.view(len(cond), -1))                      # (B, T, D)
-        h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)  # (B, L + T, D)
+        h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)
+        h = h.to(self.pos_emb.dtype)                                         # (B, L + T, D), not bf16: blocks add up
         states = []
         for k, block in enumerate(self.blocks[:max(layers)], 1):
             recompute = self.checkpointing and torch.is_grad_enabled()

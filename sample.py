@@ -209,7 +209,7 @@ if __name__ == '__main__':
     def sampler(cfg_scale, gumbel):
         """cond, rng -> tokens, for this checkpoint."""
         def draw(cond, rng):
-            with autocast:
+            with autocast, torch.autocast('cpu', enabled=False):  # float32 on a CPU, as in the stages' tables
                 if is_teacher:
                     return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p, law, power)
                 return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p)[1]

@@ -65,12 +65,10 @@ def deadly(*args, **options):
     return real(*args, **options)
 {call} = deadly
 """
-BF16 = """
+PRECISION = """
 import torch
-real = torch.autocast
-def cpu_too(device, dtype=None, enabled=True):
-    return real(device, torch.bfloat16, enabled=enabled or dtype is not None)
-torch.autocast = cpu_too
+can = dict(getattr(torch.cpu, 'get_capabilities', dict)(), avx512_bf16={})                # True: bf16, False: float32
+torch.cpu.get_capabilities = lambda: can
 """
 FULL = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'      # no file beyond 2 kB
 
@@ -882,10 +880,10 @@ def test_compiled_networks_give_the_same_log():
     if not shutil.which('g++'):
         raise SkipTest('torch.compile needs a C++ compiler')
     with tempfile.TemporaryDirectory() as root:
-        rows = []
-        for folder in (tiny_run()[0], ready_for('distill.py', f'{root}/out')):
-            if rows:
-                must_run('distill.py', f'--out_dir={folder}', '--compile', '--steps=4', '--teacher_steps=1')
+        rows, folder = [], ready_for('distill.py', f'{root}/out')
+        for choice in ('--compile=false', '--compile'):
+            must_run('distill.py', f'--out_dir={folder}', choice, '--steps=4', '--teacher_steps=1',
+                     before=PRECISION.format(False))
             rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
     for plain, compiled in zip(*rows, strict=True):
         assert all(abs(plain[k] - compiled[k]) <= 1e-3 * (1 + abs(plain[k])) for k in plain), (plain, compiled)
@@ -992,11 +990,13 @@ def test_ctrl_c_leaves_a_usable_file():
         last = json.loads(open(log).read().splitlines()[-1])
         assert torch.load(f'{folder}/model.pt')['step'] >= last['step'] > 0
 
-def test_every_stage_runs_in_bfloat16():
+def test_every_stage_runs_in_float32_and_in_bfloat16():
+    other = not getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')         # the tests above run in one
     with tempfile.TemporaryDirectory() as folder:
         for script in TINY:
-            must_run(script, f'--out_dir={folder}', before=BF16)
-        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=BF16)
+            text = must_run(script, f'--out_dir={folder}', before=PRECISION.format(other))
+            assert ('bf16 autocast' if other else 'float32, the CPU has no bf16') in text, text[:300]
+        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=PRECISION.format(other))
     tokenizer, z = small_tokenizer(), torch.randn(2, 16, 4)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(tokenizer.nearest(z), tokenizer.double().nearest(z.double()))

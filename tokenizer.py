@@ -771,7 +771,7 @@ def configure(g, argv=None):
 
 def start_processes():
     """Join the torchrun group, if there is one -> (rank, world, device, autocast). One process per GPU with nccl,
-    gloo on the CPU; bf16 autocast where CUDA supports it, float32 elsewhere, and no float16 path."""
+    gloo on the CPU; bf16 autocast where the GPU or the CPU computes in it, else float32, and no float16 path."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()
     device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
@@ -779,10 +779,11 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))  # rank 0 may train a teacher
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, 'get_capabilities', dict)()                                 # from torch 2.11 on
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bool(can.get('avx512_bf16'))
     if rank == 0:
-        reason = 'bf16 autocast' if bf16 else 'float32, the GPU has no bf16' if cuda else 'float32, no CUDA device'
-        print(f'{world} process(es) on {torch.cuda.get_device_name(device) if cuda else "cpu"}: {reason}')
+        print(f'{world} process(es) on {torch.cuda.get_device_name(device) if cuda else "cpu"}: '
+              + ('bf16 autocast' if bf16 else f'float32, the {"GPU" if cuda else "CPU"} has no bf16'))
     return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
