@@ -203,7 +203,7 @@ if __name__ == '__main__':
         first_block = lambda e: teacher.features(teacher.input_proj(e.reshape(len(e), teacher.L, -1)), cond, [1])[0]
         made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
         if os.path.exists(out):
-            made_by['gan.pt'] = load_checkpoint(out, 'gan')
+            made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)
         print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
               'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
         for name, state in made_by.items():

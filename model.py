@@ -140,6 +140,8 @@ class MDM(nn.Module):
                 raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
             with torch.autocast(x.device.type, enabled=False):               # exact for a one-hot in bf16 runs too
                 emb = x.to(table.dtype) @ table[:self.V]                     # (B, N, bits or D)
+        elif x.shape[1:] != (self.N,):
+            raise ValueError(f'embed expects ids (B, {self.N}), got {tuple(x.shape)}')
         else:
             emb = F.embedding(x, table)                                      # (B, N, bits or D)
         if mask is not None:
@@ -148,17 +150,18 @@ class MDM(nn.Module):
 
     def features(self, emb, cond, layers):
         """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
-        from 1. For the discriminator heads and the output."""
+        from 1, in that order. For the discriminator heads and the output. Raises ValueError."""
+        if not all(1 <= k <= len(self.blocks) for k in layers):
+            raise ValueError(f'layers {layers} are outside the blocks 1 to {len(self.blocks)}')
         words = self.cond_emb(cond.view(len(cond), -1))                      # (B, T, D)
         h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)
         h = h.to(self.pos_emb.dtype)                                         # (B, L + T, D), not bf16: blocks add up
         states = []
-        for k, block in enumerate(self.blocks[:max(layers)], 1):
+        for block in self.blocks[:max(layers)]:
             recompute = self.checkpointing and torch.is_grad_enabled()
             h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
-            if k in layers:
-                states.append(h[:, :self.L])
-        return states
+            states.append(h[:, :self.L])                                     # views, no copies
+        return [states[k - 1] for k in layers]
 
     def forward(self, x, cond, sigma=0.0, rng=None):
         """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without a mask entry.
@@ -190,7 +193,7 @@ class MDM(nn.Module):
         """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the dict that it holds;
         path 'random' is the published size with random weights. All sizes but the heads are read off the shapes:
         n_head is the published 16 unless given. MaskGIT keeps V codes and K classes in one table; unless given, V is
-        the power of two >= 256 that leaves K = 1000, or else the largest that fits. Errors: ValueError,
+        the power of two >= 128 that leaves K = 1000, or else the largest that fits. Errors: ValueError,
         FileNotFoundError, one line."""
         if kind not in PUBLISHED:
             raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
@@ -207,9 +210,10 @@ class MDM(nn.Module):
         if kind == 'maskgit':
             rows = size('tok_emb.weight', 0, D)[0] - 2
             size('bias', length, rows + 2)
-            imagenet = rows - 1000 >= 256 and (rows - 1000).bit_count() == 1
-            guess, V = not V, V or (rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1)
-            if V >= rows:
+            imagenet, guess = rows - 1000 >= 128 and (rows - 1000).bit_count() == 1, V is None
+            if guess:
+                V = rows - 1000 if imagenet else 1 << max(1, rows - 1).bit_length() - 1
+            if not 0 < V < rows:
                 raise ValueError(f'{name}: tok_emb.weight has {rows + 2} rows, expected V + K + 2 with V = {V}')
             if guess and not imagenet:
                 print(f'note: {name}: V = {V} codes, K = {rows - V} classes is a guess, as the file tells only V + K; '
@@ -601,18 +605,21 @@ def toy_features(images):
 
 def frechet_distance(x, y):
     """Frechet distance of two Gaussians, float64 (Heusel et al. 2017), each given by features (M, d) or by a tuple of
-    mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace from S1^(1/2) S2 S1^(1/2)."""
+    mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace is the sum of the singular values
+    of S1^(1/2) S2^(1/2), which stays exact where a covariance has no full rank."""
     fit = lambda z: (z.double().mean(0), torch.cov(z.double().T).reshape(z.shape[1], -1))
-    (m1, s1), (m2, s2) = (z if isinstance(z, tuple) else fit(z) for z in (x, y))
-    values, vectors = torch.linalg.eigh(s1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    (m1, s1), (m2, s2) = ([torch.as_tensor(v).double() for v in z] if isinstance(z, tuple) else fit(z) for z in (x, y))
+    values, vectors = torch.linalg.eigh(torch.stack([s1, s2]))
+    root1, root2 = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
+    cross = torch.linalg.svdvals(root1 @ root2).sum()
     return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 
 
 def precision_recall(real, fake, k=3):
     """Share of fakes inside some ball around a real point, whose radius is the distance to its k-th other neighbour,
     and the roles swapped (Kynkaanniemi et al. 2019): features (M, d), (N, d) -> two floats."""
+    real, fake = real.double(), fake.double()                               # cdist cancels in float32
+
     def covered(centres, points):
         radius = torch.cat([torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)])
         inside = [(torch.cdist(p, centres) < radius).any(1) for p in points.split(1000)]

@@ -305,6 +305,7 @@ def test_captions_are_parsed_by_the_grammar():
 
 def test_unknown_words_are_explained_with_their_neighbours():
     exits_with(lambda: T.parse_caption('a red red'), 'outside the grammar', 'three green squares')
+    exits_with(lambda: T.parse_caption('a circle and a square and a cross'), 'outside the grammar')
     for both in ('two red circles and a blue square', 'two circles left of a square', 'two circles and two squares'):
         exits_with(lambda: T.parse_caption(both), 'a number stands alone')
     exits_with(lambda: T.word_ids(['a cirle'], T.WORDS, 8), "unknown word 'cirle'", 'nearest known: circle')
@@ -465,7 +466,10 @@ def test_forward_takes_ids_probabilities_and_embeddings():
         assert torch.equal(logits, model(F.one_hot(ids, 12).float(), cond))
         states = model.features(model.embed(ids), cond, [1, 2])
         assert [tuple(s.shape) for s in states] == [(2, 16, D)] * 2 and not torch.equal(*states)
+        same(states[::-1], model.features(model.embed(ids), cond, [2, 1]))
         assert not torch.allclose(logits, model(ids, model.null(cond)))
+    exits_with(lambda: model.features(model.embed(ids), cond, [0, 3]), 'outside the blocks 1 to 2')
+    exits_with(lambda: model.embed(ids[:, :9]), 'expects ids (B, 16), got (2, 9)')
 
 
 def test_noise_has_the_stated_variance():
@@ -752,6 +756,9 @@ def test_frechet_distance_has_its_closed_forms():
     white = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     a, b = torch.arange(1, 9.0, dtype=torch.float64), torch.arange(2, 10.0, dtype=torch.float64) ** 1.5
     assert abs(M.frechet_distance(white * a, white * b) - ((a - b) ** 2).sum()) < 1e-6
+    thin = x[:5]                                                               # five points: covariances of rank 4
+    moments = thin.float().numpy().mean(0), np.cov(thin.T.numpy())
+    assert abs(M.frechet_distance(thin, thin)) < 1e-9 and abs(M.frechet_distance(thin, moments)) < 1e-6
 
 def test_precision_and_recall_of_known_sets():
     rng = torch.Generator().manual_seed(0)
@@ -763,6 +770,8 @@ def test_precision_and_recall_of_known_sets():
     fake, radius = real[:300] + 0.5, torch.cdist(real, real).sort(1).values[:, 3]
     brute = (torch.cdist(fake, real) < radius).any(1).double().mean()
     assert abs(M.precision_recall(real, fake)[0] - brute) < 1e-12
+    far = [(1000 + x).float() for x in (real, fake)]                           # float32, far from zero
+    assert M.precision_recall(*far) == M.precision_recall(*(x.double() for x in far))
 
 
 # -----------------------------------------------------------------------------
@@ -1203,6 +1212,7 @@ def test_published_sizes_have_the_published_parameter_counts():
 def test_other_sizes_are_read_off_the_shapes():
     models = [('maskgit', dict(N=9, V=64, D=48, depth=1, mlp=100, n_words=7, n_head=3)),
               ('maskgit', dict(N=4, V=512, n_words=1000, D=16, n_head=2)), ('maskgit', dict(V=1024, n_words=300)),
+              ('maskgit', dict(V=128, n_words=1000)),
               ('maskbit', dict(N=50, V=32, bits=5, D=24, depth=3, n_head=3, mlp=17)),
               ('maskbit', dict(N=9, V=16, bits=4, S=1)), ('maskbit', dict(N=27, V=8, bits=3, S=3)),
               ('maskbit', dict(N=18, V=512, bits=9, n_words=1000))]
@@ -1214,6 +1224,7 @@ def test_other_sizes_are_read_off_the_shapes():
         assert torch.equal(model(ids, cond), again(ids, cond))
     odd = mini('maskgit', V=24, n_words=5)
     assert M.MDM.from_pretrained('maskgit', published(odd, 'maskgit'), V=24).config == odd.config
+    exits_with(lambda: M.MDM.from_pretrained('maskgit', published(odd, 'maskgit'), V=0), 'V + K + 2 with V = 0')
     for kind, sizes in (('maskgit', dict(ch_mult='2,1', attention='0,1,mid', n_res=2, up=3, z=4, n_codes=10)),
                         ('maskgit', dict(ch_mult='1,3,2,2', attention='mid')),
                         ('maskbit', dict(ch_mult='3,1,2', n_res=2, up=2, mid=3)),

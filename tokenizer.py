@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -152,9 +153,10 @@ def parse_caption(caption):
     text = caption.strip().lower()
     relation = next((r for r in RELATIONS if f' {r} ' in text), '')
     objects, counted = [], False
-    for phrase in re.split(f' {relation} ' if relation else ' and ', text):
+    phrases = re.split(f' {relation} ' if relation else ' and ', text)
+    for phrase in phrases:
         match = re.fullmatch(PHRASE, phrase)
-        if not match:
+        if not match or len(phrases) > 2:
             raise ValueError(f'{phrase!r} in {caption!r} is outside the grammar, which reads like "a red circle left '
                              'of a blue square", "three green squares", "a circle and a cross" or "a yellow shape"')
         number, color, shape, _ = match.groups()
@@ -888,7 +890,7 @@ def writing(path):
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
     kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary, older = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.prev.tmp'
     if not all(v.isfinite().all() for part in ('net', 'ema') for v in state.get(part, {}).values()):
         raise SystemExit(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
                          'rates. The last checkpoint is good: --resume continues from it.')
@@ -898,12 +900,14 @@ def save_checkpoint(path, state):
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if os.path.exists(path):
-                os.replace(path, previous(path))
+            if os.path.exists(path):                                                     # a copy, so path never lacks
+                shutil.copyfile(path, older)
+                os.replace(older, previous(path))
             os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        for leftover in (temporary, older):
+            if os.path.exists(leftover):
+                os.remove(leftover)
 
 
 def load_checkpoint(path, stage='', hint='', fallback=False):
