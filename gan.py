@@ -193,6 +193,7 @@ if __name__ == '__main__':
         restore(network, start[weights], init, weights)
     teacher.eval().requires_grad_(False)
     generator_ema.eval().requires_grad_(False)
+    teacher.checkpointing = grad_checkpoint                                  # the heads' gradient passes through it
     for network in (generator, aux):
         network.checkpointing = grad_checkpoint
         for table in network.embedding_parameters() if freeze_tables else []:
@@ -210,13 +211,14 @@ if __name__ == '__main__':
             network = MDM(**start['args']).to(device).eval().requires_grad_(False)
             restore(network, state['ema'], name, 'ema')
             rngs = image_rngs(seed, range(32), device)
-            probs = one_step(network, cond, r_init, sigma_init, tau, rngs)[0].float().softmax(-1)
+            z = one_step(network, cond, r_init, sigma_init, tau, rngs)[0].float() / tau_soft
+            probs = z.softmax(-1)
             for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.table),
                                    ('first block', first_block, teacher.table[:teacher.V])):
                 rng = rng_for(seed, 0, 'bias', device)
                 gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng))
                 size = f(probs @ table).flatten(1).norm(dim=1).mean()
-                print(f'{name:34s}{what:18s}{token_entropy(probs.log())[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
+                print(f'{name:34s}{what:18s}{token_entropy(z)[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
                       f'{gap / size:23.4f}')
         raise SystemExit
     layers = head_layers(len(teacher.blocks))
@@ -232,6 +234,7 @@ if __name__ == '__main__':
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
             restore(network, state[name], out, name)
         restore_optimizers(sum(optimizers, []), state['optimizers'], out)
+        set_rate(optimizers[2], 1)                                           # the others' follow in every update
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux, disc)
     if compile:
@@ -330,7 +333,7 @@ if __name__ == '__main__':
 
     @torch.no_grad()
     def relaxation_gap():
-        """Toy FD between what the discriminator's side sees decoded, softmax(z), and hard samples of the same z."""
+        """Toy FD between decoded softmax(z / tau_soft), whatever `relax` is, and hard samples of the same z."""
         rngs = image_rngs(seed, range(250), device)
         logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, rngs)
         soft, hard = (torch.cat([toy_features(tokenizer.decode(part)) for part in x.split(tokenizer.batch)])
@@ -401,6 +404,6 @@ if __name__ == '__main__':
         restore(before, start['ema'], init, 'ema')
         passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
         samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
-                    f'{start["stage"]}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
+                    f'{start["stage"]}{" before" * (start["stage"] == "gan")}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
         final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
     end_processes()
