@@ -404,6 +404,7 @@ if __name__ == '__main__':
         restore(before, start['ema'], init, 'ema')
         passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
         samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
-                    f'{start["stage"]}{" before" * (start["stage"] == "gan")}, 1 step': (1, one_pass(before)), 'gan, 1 step': (1, one_pass(generator_ema))}
+                    f'{start["stage"]}{" before" * (start["stage"] == "gan")}, 1 step': (1, one_pass(before)),
+                    'gan, 1 step': (1, one_pass(generator_ema))}
         final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
     end_processes()
