@@ -24,9 +24,10 @@ import torch.distributed as dist
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite, configure,
                    dimo_grad, ema_update, end_processes, final_table, guided_logits, jeffreys, load_checkpoint,
-                   load_teacher, make_optimizers, one_step, progress, remask, render, report_bench, restore,
-                   restore_optimizers, rng_for, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
-                   split_batch, start_processes, surrogate, teacher_passes, token_entropy, word_ids)
+                   load_resumed, load_teacher, make_optimizers, one_step, progress, remask, render, report_bench,
+                   restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
+                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_entropy,
+                   word_ids)
 from tokenizer import previous
 
 # -----------------------------------------------------------------------------
@@ -139,7 +140,8 @@ if __name__ == '__main__':
                   make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2))]
     step, stop, smooth = 0, Stop(), {}
     if resume:
-        state = load_checkpoint(out, 'distill', 'Start without --resume.', fallback=True)
+        state = load_resumed(out, 'distill', config)
+        same_tokens(packed, state, teacher_path, out)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux)):
             restore(network, state[name], out, name)
         restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, both, check_finite,
                    configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance, guided_logits,
-                   image_rngs, jeffreys, load_checkpoint, load_teacher, make_optimizers, one_step, progress,
-                   random_numbers, random_positions, relaxation_bias, relaxed, remask, render, report_bench, restore,
-                   restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid,
-                   set_rate, split_batch, start_processes, surrogate, teacher_passes, token_data, token_entropy,
-                   toy_features, word_ids)
+                   image_rngs, jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers, one_step,
+                   progress, random_numbers, random_positions, relaxation_bias, relaxed, remask, render, report_bench,
+                   restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
+                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_data,
+                   token_entropy, toy_features, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -167,6 +167,8 @@ if __name__ == '__main__':
     micro, accumulate = split_batch(batch_size, micro_batch, world)
     if not w_gan and not w_dimo:
         raise SystemExit('gan.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
+    if bias and world > 1:
+        raise SystemExit('gan.py: --bias runs as one process; start it with python, not torchrun')
     out, init = os.path.join(out_dir, 'gan.pt'), init or os.path.join(out_dir, 'distill.pt')
     ours, untrained = teacher == 'ours', bench and teacher_path == 'random'   # untrained: time a published size
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
@@ -230,7 +232,8 @@ if __name__ == '__main__':
                   make_optimizers(disc, disc_muon, disc_lr, (0.9, 0.99))]
     step, smooth = 0, {}
     if resume:
-        state = load_checkpoint(out, 'gan', 'Start without --resume.', fallback=True)
+        state = load_resumed(out, 'gan', config)
+        same_tokens(packed, state, teacher_path, out)
         for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
             restore(network, state[name], out, name)
         restore_optimizers(sum(optimizers, []), state['optimizers'], out)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, apply_gradients, bit_rows, check,
-                       check_finite, configure, end_processes, factors, fill, load_checkpoint, parse_caption, progress,
-                       read_published, report_bench, restore, restore_optimizers, rng_for, same_weights,
-                       save_checkpoint, save_grid, shape_of, split_batch, start_processes, token_data, word_ids,
-                       writing)
+                       check_finite, configure, end_processes, factors, fill, load_checkpoint, load_resumed,
+                       parse_caption, progress, read_published, report_bench, restore, restore_optimizers, rng_for,
+                       same_weights, save_checkpoint, save_grid, shape_of, split_batch, start_processes, token_data,
+                       word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -956,7 +956,7 @@ if __name__ == '__main__':
     optimizers = make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay)
     step, stop = 0, Stop()
     if resume:
-        state = load_checkpoint(out, 'model', 'Start without --resume.', fallback=True)
+        state = load_resumed(out, 'model', config)
         restore(net, state['net'], out, 'net')
         restore(average, state['ema'], out, 'ema')
         restore_optimizers(optimizers, state['optimizers'], out)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, apply_gradients, aux_loss,
                    categorical, check_finite, configure, dimo_grad, ema_update, end_processes, final_table,
-                   guided_logits, init_tokens, jeffreys, load_checkpoint, load_rewards, make_optimizers, one_step,
-                   progress, relaxed, remask, render, report_bench, restore, restore_optimizers, reward_sum, rng_for,
-                   same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate, split_batch,
-                   start_processes, surrogate, teacher_passes, token_entropy, word_ids, world_reward)
+                   guided_logits, init_tokens, jeffreys, load_checkpoint, load_resumed, load_rewards, make_optimizers,
+                   one_step, progress, relaxed, remask, render, report_bench, restore, restore_optimizers, reward_sum,
+                   rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
+                   split_batch, start_processes, surrogate, teacher_passes, token_entropy, word_ids, world_reward)
 from tokenizer import wrong_caption
 
 # -----------------------------------------------------------------------------
@@ -255,7 +255,8 @@ if __name__ == '__main__':
                   make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2))]
     step, stop, smooth, history, best = 0, Stop(), {}, [], {}
     if resume:
-        state = load_checkpoint(out, 'reward', 'Start without --resume.', fallback=True)
+        state = load_resumed(out, 'reward', config)
+        same_tokens(packed, state, teacher_path, out)
         for name, network in (('net', generator), ('average', generator_ema), ('aux', aux)):
             restore(network, state[name], out, name)
         restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)

@@ -1785,6 +1785,20 @@ def test_truncated_checkpoint_is_reported_and_the_previous_one_used():
         text = printed(lambda: steps.append(T.load_checkpoint(path, 'distill', fallback=True)['step']))
         assert steps == [1] and 'truncated' in text and f'using the previous one, {root}/x.prev.pt' in text
 
+def test_resuming_with_other_settings_or_another_tokenizer_is_said():
+    with tempfile.TemporaryDirectory() as root:
+        path, config = f'{root}/x.pt', dict(beta=0.1, seed=0, resume=False, out_dir='out')
+        T.save_checkpoint(path, dict(stage='distill', step=1, config=config))
+        resumed = lambda **changes: printed(lambda: T.load_resumed(path, 'distill', {**config, **changes}))
+        assert resumed(resume=True, out_dir='elsewhere') == ''
+        assert resumed(beta=0.2) == f'note: {path} continues with --beta=0.2 (it had 0.1)\n'
+        for script in ('distill.py', 'gan.py'):
+            folder, name = ready_for(script, f'{root}/{script}'), script.replace('.py', '.pt')
+            state = torch.load(f'{tiny_run()[0]}/{name}', weights_only=True)
+            state['tokenizer']['net'] = {k: v + 1 for k, v in state['tokenizer']['net'].items()}
+            torch.save(state, f'{folder}/{name}')
+            must_refuse(script, f'--out_dir={folder}', '--resume', words='different tokenizers')
+
 def test_code_in_a_checkpoint_is_refused_and_not_executed():
     with tempfile.TemporaryDirectory() as root:
         class Bomb:
@@ -1811,6 +1825,8 @@ def test_missing_foreign_and_wrong_checkpoints_are_explained():
         T.save_checkpoint(f'{root}/t.pt', dict(stage='tokenizer', step=1))
         exits_with(lambda: T.load_checkpoint(f'{root}/t.pt', 'model|distill'),
                    'is a tokenizer checkpoint', 'expected model or distill')
+        T.save_checkpoint(f'{root}/t.pt', dict(stage='tokenizer', step=2))
+        exits_with(lambda: T.load_checkpoint(f'{root}/t.pt', 'model', fallback=True), 'is a tokenizer checkpoint')
         exits_with(lambda: T.restore(small_model(), small_model(D=12).state_dict(), 'f.pt', 'net'),
                    'f.pt: net does not fit', 'tok_emb.weight', 'size mismatch')
 
@@ -1887,6 +1903,7 @@ def test_errors_of_the_scripts_are_one_line():
                  (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
                  (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
                  (('gan.py', '--relax=hard'), "'soft', 'gumbel', 'st'"),
+                 (('gan.py', '--bench', '--steps=0'), 'expected at least 1'),
                  (('tokenizer.py', '--ch_mult=1,1,1,1,1,1,1'), 'image_size 32 is not a multiple of 64'),
                  (('model.py', f'--out_dir={folder}', '--n_head=5'), 'not a multiple of n_head'),
                  ((*teacher, '--prompt', 'a purple circle'), "unknown word 'purple'"),

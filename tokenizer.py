@@ -762,7 +762,7 @@ def configure(g, argv=None):
     if g.get('data') and g['data'] not in WORLDS:                # a checkpoint names the folder from anywhere
         g['data'] = os.path.abspath(g['data'])
     for key in keys:
-        value, least = g[key], LEAST.get(key)
+        value, least = g[key], 1 if key == 'steps' and g.get('bench') else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
                   f'at least {least:g}' if least is not None and not value >= least else
                   'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else '')
@@ -927,10 +927,21 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
             return state
         problem = (f'is a {found} checkpoint, expected {stage.replace("|", " or ")}' if isinstance(found, str)
                    else 'not a checkpoint of this project (no "stage" entry)')
+        fallback = False                                                     # whole, so not what was asked for
     if fallback and os.path.exists(previous(path)):
         print(f'{path}: {problem}; using the previous one, {previous(path)}')
         return load_checkpoint(previous(path), stage, hint)
     raise SystemExit(f'{path}: {problem}. {hint}'.strip())
+
+
+def load_resumed(path, stage, config):
+    """The checkpoint that --resume continues, with a note of the settings in `config` that are not that run's."""
+    state = load_checkpoint(path, stage, 'Start without --resume.', fallback=True)
+    other = [f'--{k}={v} (it had {state["config"][k]})' for k, v in config.items()
+             if state['config'].get(k, v) != v and k not in ('resume', 'bench', 'out_dir')]
+    if other and is_rank0():
+        print(f'note: {path} continues with {", ".join(other)}')
+    return state
 
 
 class Inert:
@@ -1116,7 +1127,7 @@ if __name__ == '__main__':
                                   fused=device.type == 'cuda')
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
     if resume:
-        state = load_checkpoint(out, 'tokenizer', 'Start without --resume.', fallback=True)
+        state = load_resumed(out, 'tokenizer', config)
         restore(net, state['net'], out, 'net')
         restore_optimizers([optimizer], [state['optimizer']], out)
         usage, step = state['usage'].to(device), state['step']
