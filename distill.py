@@ -75,7 +75,7 @@ teacher_steps = 16     # most steps of the table; it also shows 1 and 4
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
-compile = False        # torch.compile the three networks
+compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 # -----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ if __name__ == '__main__':
         raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
                          f'of its own: --data={data} --out_dir=out/{os.path.basename(data)}')
     tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
-    words, prompts = packed['words'], packed['prompts'].long()                # prompts (M, T), the training captions
+    words, prompts = packed['words'], packed['prompts'].long().to(device)     # prompts (M, T), the training captions
 
     # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), all started from the teacher
     teacher, generator, generator_ema, aux = (MDM(**packed['args']).to(device) for _ in range(4))
@@ -148,8 +148,8 @@ if __name__ == '__main__':
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux)
     if compile:
-        for network in (teacher, generator, aux):
-            network.compile()
+        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
+            block.compile()
 
     # The printed plan
     teacher_steps = min(teacher_steps, teacher.N)
@@ -165,7 +165,7 @@ if __name__ == '__main__':
 
     def draw_batch(rng):
         """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
-        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()].to(device)
+        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device)]
         with autocast:
             return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
 

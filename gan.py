@@ -84,7 +84,7 @@ teacher_steps = 16     # steps of the teacher
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
-compile = False        # torch.compile the three networks
+compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 bias = False           # print the bias of the soft embedding beside its bound for teacher, init and gan.pt, and stop
@@ -241,8 +241,8 @@ if __name__ == '__main__':
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux, disc)
     if compile:
-        for network in (teacher, generator, aux):
-            network.compile()
+        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
+            block.compile()
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None

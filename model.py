@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from tokenizer import (HELD_OUT, TASKS, WORLDS, Images, Log, Stop, Tokenizer, apply_gradients, bit_rows, check,
                        check_finite, configure, end_processes, factors, fill, load_checkpoint, load_resumed,
                        parse_caption, progress, read_published, report_bench, restore, restore_optimizers, rng_for,
-                       same_weights, save_checkpoint, save_grid, shape_of, split_batch, start_processes, token_data,
-                       word_ids, writing)
+                       same_weights, save_checkpoint, save_grid, shape_of, split_batch, start_processes, timed,
+                       token_data, word_ids, writing)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -546,17 +546,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group, p in ((group, p) for group in self.param_groups for p in group['params'] if p.grad is not None):
-            average = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-            average.lerp_(p.grad, 1 - group['momentum'])
-            x = p.grad.lerp(average, group['momentum']).to(torch.bfloat16 if p.is_cuda else torch.float32)
-            x = x.T if len(p) > p.shape[1] else x
-            x = x / x.norm().clamp(min=1e-7)
+        group, shapes = self.param_groups[0], {}
+        for p in (p for p in group['params'] if p.grad is not None):
+            shapes.setdefault(p.shape, []).append(p)
+        for (rows, columns), some in shapes.items():                         # equal shapes as one batch: few launches
+            grads = [p.grad for p in some]
+            averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in some]
+            torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
+            x = torch.stack(grads).lerp(torch.stack(averages), group['momentum'])
+            x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+            x = x.mT if rows > columns else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):
-                a = x @ x.T
-                x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-            p.mul_(1 - group['lr'] * group['weight_decay'])
-            p.add_(x.T if len(p) > p.shape[1] else x, alpha=-group['lr'] * max(1, len(p) / p.shape[1]) ** 0.5)
+                a = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            x = (x.mT if rows > columns else x).to(grads[0].dtype)
+            torch._foreach_mul_(some, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(some, x.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):

@@ -82,7 +82,7 @@ teacher_steps = 16     # steps of the confidence sampler
 teacher_cfg = 2.0      # guidance at the last step, rising from 1
 teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
 # system
-compile = False        # torch.compile the three networks
+compile = False        # torch.compile the blocks of the three networks
 bench = False          # time 20 steps and stop
 # -----------------------------------------------------------------------------
 # Training the rewards of the small world (the interface and the networks are in model.py)
@@ -264,8 +264,8 @@ if __name__ == '__main__':
         history, best = state['history'], state['ema']
     same_weights(generator, generator_ema, aux)
     if compile:
-        for network in (teacher, generator, aux):
-            network.compile()
+        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
+            block.compile()
 
     # The printed plan
     teacher_steps = min(teacher_steps, teacher.N)

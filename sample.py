@@ -10,6 +10,7 @@ $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 4 --n 6
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
 $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207 --steps=8
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
+$ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
@@ -27,7 +28,7 @@ from PIL import Image
 
 from model import (MDM, Images, Reference, Tokenizer, configure, end_processes, frechet_distance, image_rngs,
                    load_checkpoint, load_teacher, one_step, precision_recall, progress, render, restore, rng_for,
-                   sample_teacher, save_grid, show_table, start_processes, teacher_passes, word_ids, writing)
+                   sample_teacher, save_grid, show_table, start_processes, teacher_passes, timed, word_ids, writing)
 from tokenizer import WORLDS
 
 # -----------------------------------------------------------------------------
@@ -59,6 +60,7 @@ data = ''              # reference of the metrics: '' = what the checkpoint was 
 inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
 sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3 x Gumbel temperature 1, 2, 4, 8
+bench = False          # time network and decoder apart on one batch and stop
 # -----------------------------------------------------------------------------
 
 def choose_captions(prompt, label, n, words, prompts):
@@ -223,6 +225,17 @@ if __name__ == '__main__':
 
     def passes(cfg_scale):
         return teacher_passes(model, steps, cfg_scale, law, power) if is_teacher else 1
+
+    if bench:
+        cond = conditions(choose_captions(prompt, label, batch, words, state['prompts'])).to(device)
+        draw, rngs = sampler(cfg_scale, gumbel), image_rngs(seed, range(batch), device)
+        parts = draw(cond, rngs).split(tokenizer.batch)
+        decode = lambda: [tokenizer.decode(part) for part in parts]
+        decode()
+        network, decoder = (batch / timed(call, 3, device) for call in (lambda: draw(cond, rngs), decode))
+        print(f'bench: steps {steps}, passes {passes(cfg_scale)}, batch {batch}, images_per_s of the network '
+              f'{network:.1f}, of the decoder {decoder:.1f}, of both {1 / (1 / network + 1 / decoder):.1f}')
+        raise SystemExit
 
     if metrics and inception:
         if length > 1:

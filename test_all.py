@@ -1,5 +1,6 @@
 """
-The claims of this repository, as tests: plain functions, on a CPU, with tiny networks, in a few minutes.
+The claims of this repository, as tests: plain functions, on a CPU (one also on a GPU), with tiny networks, in a few
+minutes.
 
 $ python test_all.py                 # all of them, ends with "N passed, M failed, K skipped"
 $ python test_all.py resume soft     # those with one of these words in their name
@@ -33,6 +34,9 @@ from unittest import SkipTest, mock
 import numpy as np
 import scipy.linalg
 import scipy.stats
+
+GPUS = {k: os.environ[k] for k in ('CUDA_VISIBLE_DEVICES',) if k in os.environ}
+os.environ['CUDA_VISIBLE_DEVICES'] = ''                # before torch looks: one test alone is for a GPU
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -70,6 +74,7 @@ import torch
 can = dict(getattr(torch.cpu, 'get_capabilities', dict)(), avx512_bf16={})                # True: bf16, False: float32
 torch.cpu.get_capabilities = lambda: can
 """
+ON_GPU = f"import os\ndel os.environ['CUDA_VISIBLE_DEVICES']\nos.environ.update({GPUS})\n"
 FULL = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'      # no file beyond 2 kB
 
 def run(script, *arguments, processes=1, before=''):
@@ -215,6 +220,8 @@ def test_image_i_is_the_same_on_every_machine():
     assert digest[:16] == '36667cf50aa97aa4', digest
     again, names = T.draw([5, 63, 5])
     assert torch.equal(again[1], images[63]) and torch.equal(again[0], again[2]) and names[0] == captions[5]
+    large, names = T.draw(range(64), scale=2)                                 # the same at twice the size
+    assert names == captions and (F.avg_pool2d(large, 2) - images).abs().max() < 0.1 and T.check(large, names).all()
 
 def test_drawing_10000_images_takes_seconds():
     start = time.time()
@@ -367,7 +374,7 @@ def test_folder_problems_are_explained():
             open(f'{root}/{k}.txt', 'w').write('x')
         assert 'single class' in printed(lambda: T.Images(root, 32))           # a flat folder is one class
         exits_with(lambda: printed(lambda: T.Images(root, 32).batch([0])), 'not one of its 8 files')
-        exits_with(lambda: T.Images('shapes', 64), '32 pixels', 'not 64')
+        exits_with(lambda: T.Images('shapes', 48), 'multiples of 32 pixels, not 48', '--image_size=64')
         exits_with(lambda: T.Images('shapes', 32, expected=['cat']), 'the model knows 1 (cat')
         for k in ('10', '9', 'b', 'empty'):
             os.makedirs(f'{root}/{k}')
@@ -718,15 +725,16 @@ def test_bias_of_soft_embeddings_obeys_its_bound():
 
 def test_muon_equals_torchs():
     torch.manual_seed(0)
-    for shape in ((6, 4), (4, 4), (4, 9)):
-        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-        optimizers = M.Muon([ours], 0.1, 0.01), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01)
-        for _ in range(3):
-            ours.grad = torch.randn(shape)
-            theirs.grad = ours.grad.clone()
-            for optimizer in optimizers:
-                optimizer.step()
-        assert (ours - 1).norm() > 0.1 and (ours - theirs).norm() < 0.02 * (theirs - 1).norm()   # theirs is bfloat16
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in ((6, 4), (4, 4), (4, 9), (6, 4))] for _ in range(2))
+    optimizers = M.Muon(ours, 0.1, 0.01), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        assert (a - 1).norm() > 0.1 and (a - b).norm() < 0.02 * (b - 1).norm()                   # theirs is bfloat16
 
 def test_ema_is_the_weighted_mean_and_starts_fast():
     for step, decay in ((10 ** 6, 0.9), (0, 0.1)):
@@ -896,6 +904,19 @@ def test_compiled_networks_give_the_same_log():
             rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
     for plain, compiled in zip(*rows, strict=True):
         assert all(abs(plain[k] - compiled[k]) <= 1e-3 * (1 + abs(plain[k])) for k in plain), (plain, compiled)
+
+def test_every_stage_runs_on_a_gpu_and_its_files_elsewhere():
+    if not shutil.which('nvidia-smi'):
+        raise SkipTest('needs an NVIDIA GPU')
+    with tempfile.TemporaryDirectory() as root:
+        for script in TINY:
+            assert 'on cpu' not in must_run(script, f'--out_dir={root}', before=ON_GPU)
+        must_run('distill.py', f'--out_dir={root}', '--steps=16', '--resume', before=ON_GPU)
+        assert len(open(f'{root}/distill.log.jsonl').readlines()) == 8
+        assert 'followed' in must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, before=ON_GPU)
+        must_run('tteo.py', f'--ckpt={root}/reward.pt', '--n=5', '--iterations=2', before=ON_GPU)
+        assert 'images_per_s' in must_run('sample.py', f'--ckpt={root}/model.pt', '--bench', '--batch=4', before=ON_GPU)
+        must_run('sample.py', f'--ckpt={root}/gan.pt', '--n=4')                # on the CPU
 
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
     text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
@@ -1453,6 +1474,8 @@ tokenizer.PUBLISHED['maskgit'].update(image_size=16, ch=32, ch_mult='1,1,2', n_r
 '''
     for script in ('distill.py', 'gan.py'):
         assert 'ms_per_step' in must_run(script, '--bench', '--teacher=maskgit', '--teacher_path=random', before=small)
+    text = must_run('sample.py', '--bench', '--teacher=maskgit', '--teacher_path=random', '--batch=4', before=small)
+    assert 'steps 16, passes 31, batch 4, images_per_s' in text
 
 def test_a_published_teacher_is_asked_for_politely():
     with tempfile.TemporaryDirectory() as root:

@@ -13,6 +13,7 @@ Expected: reconstruction error below 0.02 (mean absolute, images in [-1, 1]) and
 """
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -86,19 +87,19 @@ CAPTION_LENGTH = 8                                     # 'a red circle left of a
 PALETTE = np.array([*COLORS.values(), *BACKGROUNDS], dtype=np.float32)
 
 
-def sprites():
-    """Opacity of every shape and size, centred in a quadrant: (4 shapes, 2 sizes, 16, 16) in [0, 1], anti-aliased
-    from signed distances. The renderer pastes them, the checker compares with them."""
-    (y, x), r = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2, np.array(RADII)[:, None, None]
-    circle = np.hypot(x, y) - r                                                          # (2, 16, 16)
+@functools.cache
+def sprites(scale=1):
+    """Opacity of every shape and size, centred in a quadrant: (4 shapes, 2 sizes, 16 scale, 16 scale) in [0, 1], anti-
+    aliased from signed distances. The renderer pastes them, the checker compares with them."""
+    (y, x), r = (np.mgrid[:CELL * scale, :CELL * scale] + 0.5) / scale - CELL / 2, np.array(RADII)[:, None, None]
+    circle = np.hypot(x, y) - r                                                          # (2, 16 scale, 16 scale)
     square = np.maximum(abs(x), abs(y)) - r
     triangle = np.maximum((2 * abs(x) - y - r) / 5 ** 0.5, y - r)
     bar = lambda a, b: np.maximum(abs(a) - r, abs(b) - r / 2 + 1)
     cross = np.minimum(bar(x, y), bar(y, x))
-    return np.clip(0.5 - np.stack([circle, square, triangle, cross]), 0, 1).astype(np.float32)
+    return np.clip(0.5 - scale * np.stack([circle, square, triangle, cross]), 0, 1).astype(np.float32)
 
 
-SPRITES = sprites()
 PHRASE = rf'(a|{"|".join(NUMBERS)}) ?(|{"|".join(COLORS)}) ({"|".join(SHAPES)}|shape)(e?s)?'  # 'two red circles'
 
 
@@ -113,10 +114,11 @@ def caption_of(task, u, color, shape, relation, n):
             f'a {colored[0]} and a {colored[1]}')[task]
 
 
-def draw(index, open_background=False):
-    """Render images of the shapes world: index (B,) ints -> images float (B, 3, 32, 32) in [-1, 1], captions.
-    Image i is the same on every machine (NumPy's legacy generator is frozen). The caption fixes the layout; what it
-    leaves open is uniform: sizes, a lone object's place, colour or shape where unnamed, a background if asked."""
+def draw(index, open_background=False, scale=1):
+    """Render images of the shapes world: index (B,) ints -> images float (B, 3, 32, 32) in [-1, 1], captions; `scale`
+    2 draws the same at 64. Image i is the same on every machine (NumPy's legacy generator is frozen). The caption fixes
+    the layout; what it leaves open is uniform: sizes, a lone object's place, colour or shape where unnamed, a
+    background if asked."""
     index = np.atleast_1d(np.asarray(index, dtype=np.int64))
     u = np.stack([np.random.RandomState(i).random_sample(32) for i in index])           # (B, 32) in [0, 1)
     pick = lambda column, n: (u[:, column] * n).astype(int)
@@ -135,12 +137,13 @@ def draw(index, open_background=False):
     corner = LAYOUTS[layout] + shift[:, None]                                            # (B, 4, row and column)
 
     background = pick(28, len(BACKGROUNDS)) * bool(open_background)
-    canvas = np.zeros((B, SIZE, SIZE, 3), dtype=np.float32) + PALETTE[len(COLORS) + background][:, None, None]
-    box = np.arange(CELL)
+    canvas = np.zeros((B, SIZE * scale, SIZE * scale, 3), dtype=np.float32)
+    canvas += PALETTE[len(COLORS) + background][:, None, None]
+    box, corner = np.arange(CELL * scale), corner * scale
     for k in range(4):
         has = np.flatnonzero(n > k)
         at = (has[:, None, None], (corner[has, k, :1] + box)[:, :, None], (corner[has, k, 1:] + box)[:, None, :])
-        alpha = SPRITES[shape[has, k], size[has, k]][..., None]
+        alpha = sprites(scale)[shape[has, k], size[has, k]][..., None]
         canvas[at] += alpha * (PALETTE[color[has, k]][:, None, None] - canvas[at])
     images = torch.from_numpy(np.rint(canvas)).permute(0, 3, 1, 2) / 127.5 - 1
     captions = [caption_of(*row) for row in zip(task, u[:, 29], color, shape, relation, n)]
@@ -173,10 +176,11 @@ def parse_caption(caption):
 
 
 def look(images):
-    """Find the objects in images (B, 3, 32, 32): a dict of arrays with one entry per object (image, color, shape,
-    size, row, column, all ints, shape -1 where nothing fits) and `background` with one entry per image.
-    Nearest palette colour, connected components, best overlap with the sprites at shifts of one pixel."""
-    rgb = (images.detach().float().cpu().clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    """Find the objects in images (B, 3, 32, 32), larger ones averaged to that: a dict of arrays with one entry per
+    object (image, color, shape, size, row, column, all ints, shape -1 where nothing fits) and `background` with one
+    per image. Nearest palette colour, connected components, best overlap with the sprites at shifts of one pixel."""
+    small = F.adaptive_avg_pool2d(images.detach().float().cpu().clamp(-1, 1), SIZE)
+    rgb = (small.permute(0, 2, 3, 1).numpy() + 1) * 127.5
     nearest = ((rgb[:, :, :, None] - PALETTE) ** 2).sum(-1).argmin(-1)                     # (B, 32, 32) palette index
     ground = np.stack([(nearest == len(COLORS) + k).sum((1, 2)) for k in range(len(BACKGROUNDS))], 1).argmax(1)
     flat = np.zeros((3, 3, 3), dtype=int)
@@ -194,7 +198,7 @@ def look(images):
         part = nearest[image.start, rows, columns][label[image.start, rows, columns] == i]
         seen[:, k] = image.start, np.bincount(part).argmax(), row, column
     shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    bank = np.stack([np.roll(SPRITES > 0.5, s, axis=(2, 3)) for s in shifts], 2).astype(np.float32)  # (4, 2, 9, 16, 16)
+    bank = np.stack([np.roll(sprites() > 0.5, s, (2, 3)) for s in shifts], 2).astype(np.float32)  # (4, 2, 9, 16, 16)
     bank, crops = bank.reshape(-1, CELL * CELL), crops.reshape(-1, CELL * CELL)
     inside = crops @ bank.T
     overlap = inside / (crops.sum(1)[:, None] + bank.sum(1) - inside)                     # intersection over union
@@ -290,8 +294,9 @@ class Images:
     def __init__(self, data, size, n_images=50_000, expected=None):
         self.data, self.size, self.is_world, self.bad = data, size, data in WORLDS, {}
         if self.is_world:
-            if size != SIZE:
-                raise SystemExit(f'the shapes world is drawn at {SIZE} pixels, not {size}; leave --image_size={SIZE}')
+            if size % SIZE:
+                raise SystemExit(f'the shapes world is drawn at multiples of {SIZE} pixels, not {size}; try '
+                                 f'--image_size={max(1, round(size / SIZE)) * SIZE}')
             self.words, self.caption_length, self.length = WORDS, CAPTION_LENGTH, n_images
         else:
             self.find_files()
@@ -338,7 +343,7 @@ class Images:
         """index (B,) -> images (B, 3, H, W) in [-1, 1], captions. An unreadable file (now in `bad`) is replaced by
         the next readable one."""
         if self.is_world:
-            return draw(index, open_background=self.data == 'shapes-open')
+            return draw(index, self.data == 'shapes-open', self.size // SIZE)
         index, pixels, captions = [int(i) for i in index], [], []
         for i, image in zip(index, self.read(index)):
             while image is None:
@@ -353,7 +358,7 @@ class Images:
     def key(self):
         """What the content depends on: the world, or every file's name, size and time."""
         if self.is_world:
-            return [self.data, self.length]
+            return [self.data, self.length, self.size]
         stats = [(path, os.stat(path)) for path, _ in self.files]
         return [self.size] + [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
 
@@ -762,7 +767,7 @@ def configure(g, argv=None):
     if g.get('data') and g['data'] not in WORLDS:                # a checkpoint names the folder from anywhere
         g['data'] = os.path.abspath(g['data'])
     for key in keys:
-        value, least = g[key], 1 if key == 'steps' and g.get('bench') else LEAST.get(key)
+        value, least = g[key], 1 if key == 'steps' and g.get('bench') and defaults[key] else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
                   f'at least {least:g}' if least is not None and not value >= least else
                   'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else '')
@@ -825,8 +830,7 @@ def apply_gradients(parameters, optimizers, parts, clip=1.0):
     if dist.is_initialized():
         dist.all_reduce(flat)
     flat /= parts
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
+    torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         optimizer.step()
