@@ -1046,6 +1046,13 @@ def test_two_processes_give_the_gradient_of_one():
             for a, b in zip(one, two):
                 assert (a - b).abs().max() < 1e-4 * max(x.abs().max() for x in one), script
 
+def test_bench_times_what_compilation_would_see():
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+    free = []                                                                # no counter: compilation gives up under one
+    T.report_bench(lambda: free.append(_get_current_dispatch_mode() is None), 1, torch.device('cpu'),
+                   contextlib.nullcontext())
+    assert all(free[:23]) and not free[23] and len(free) == 24
+
 def test_bench_shows_that_one_pass_for_both_updates_saves_two_forwards_of_ten():
     with tempfile.TemporaryDirectory() as root:
         folder, flops = ready_for('distill.py', f'{root}/out'), []
