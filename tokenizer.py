@@ -1058,7 +1058,7 @@ class Log:
 def save_grid(path, images, captions=(), columns=8):
     """Images (n, 3, H, W) in [-1, 1] -> one PNG, `columns` per row, each with its caption below if given."""
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    scale = max(1, 96 // images.shape[-1])
+    scale = -(-96 // images.shape[-1])                                     # tiles of 96 pixels or more: room for captions
     width, height = pixels.shape[2] * scale + 4, pixels.shape[1] * scale + 4 + (30 if len(captions) else 0)
     sheet = Image.new('RGB', (columns * width, -(-len(pixels) // columns) * height), 'white')
     pen = ImageDraw.Draw(sheet)
