@@ -22,12 +22,12 @@ import sys
 import torch
 import torch.distributed as dist
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite, configure,
-                   dimo_grad, ema_update, end_processes, final_table, guided_logits, jeffreys, load_checkpoint,
-                   load_resumed, load_teacher, make_optimizers, one_step, progress, remask, render, report_bench,
-                   restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
-                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_entropy,
-                   word_ids)
+from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite,
+                   compile_blocks, configure, dimo_grad, ema_update, end_processes, final_table, guided_logits,
+                   jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers, one_step, progress, remask,
+                   render, report_bench, restore, restore_optimizers, rng_for, same_tokens, same_weights,
+                   sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
+                   teacher_passes, token_entropy, word_ids)
 from tokenizer import previous
 
 # -----------------------------------------------------------------------------
@@ -148,8 +148,7 @@ if __name__ == '__main__':
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux)
     if compile:
-        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
-            block.compile()
+        compile_blocks(teacher, generator, aux)
 
     # The printed plan
     teacher_steps = min(teacher_steps, teacher.N)

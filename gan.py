@@ -21,12 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, both, check_finite,
-                   configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance, guided_logits,
-                   image_rngs, jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers, one_step,
-                   progress, random_numbers, random_positions, relaxation_bias, relaxed, remask, render, report_bench,
-                   restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
-                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_data,
-                   token_entropy, toy_features, word_ids)
+                   compile_blocks, configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance,
+                   guided_logits, image_rngs, jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers,
+                   one_step, progress, random_numbers, random_positions, relaxation_bias, relaxed, remask, render,
+                   report_bench, restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher,
+                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes,
+                   token_data, token_entropy, toy_features, word_ids)
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -241,8 +241,7 @@ if __name__ == '__main__':
         step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
     same_weights(generator, generator_ema, aux, disc)
     if compile:
-        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
-            block.compile()
+        compile_blocks(teacher, generator, aux)
 
     # The printed plan
     log = Log(out, step) if rank == 0 and not bench else None

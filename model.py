@@ -543,6 +543,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        for p in self.param_groups[0]['params']:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -551,7 +553,7 @@ class Muon(torch.optim.Optimizer):
             shapes.setdefault(p.shape, []).append(p)
         for (rows, columns), some in shapes.items():                         # equal shapes as one batch: few launches
             grads = [p.grad for p in some]
-            averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in some]
+            averages = [self.state[p]['momentum_buffer'] for p in some]
             torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
             x = torch.stack(grads).lerp(torch.stack(averages), group['momentum'])
             x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
@@ -582,6 +584,16 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
 def set_rate(optimizers, factor):
     for optimizer in optimizers:
         optimizer.param_groups[0]['lr'] = optimizer.peak * factor
+
+
+def compile_blocks(*networks, twice=False):
+    """torch.compile block by block: equal blocks share one compilation. `twice`: backward passes a graph again."""
+    import torch._dynamo
+    import torch._functorch.config
+    torch._dynamo.config.recompile_limit = 32                                # with or without gradient, other batches
+    torch._functorch.config.donated_buffer = not twice
+    for block in (block for network in networks for block in network.blocks):
+        block.compile()
 
 
 def ema_update(average, network, decay, step):

@@ -24,11 +24,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, apply_gradients, aux_loss,
-                   categorical, check_finite, configure, dimo_grad, ema_update, end_processes, final_table,
-                   guided_logits, init_tokens, jeffreys, load_checkpoint, load_resumed, load_rewards, make_optimizers,
-                   one_step, progress, relaxed, remask, render, report_bench, restore, restore_optimizers, reward_sum,
-                   rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint, save_grid, set_rate,
-                   split_batch, start_processes, surrogate, teacher_passes, token_entropy, word_ids, world_reward)
+                   categorical, check_finite, compile_blocks, configure, dimo_grad, ema_update, end_processes,
+                   final_table, guided_logits, init_tokens, jeffreys, load_checkpoint, load_resumed, load_rewards,
+                   make_optimizers, one_step, progress, relaxed, remask, render, report_bench, restore,
+                   restore_optimizers, reward_sum, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
+                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_entropy,
+                   word_ids, world_reward)
 from tokenizer import wrong_caption
 
 # -----------------------------------------------------------------------------
@@ -264,8 +265,7 @@ if __name__ == '__main__':
         history, best = state['history'], state['ema']
     same_weights(generator, generator_ema, aux)
     if compile:
-        for block in (*teacher.blocks, *generator.blocks, *aux.blocks):      # equal blocks share one compilation
-            block.compile()
+        compile_blocks(teacher, generator, aux, twice=bool(image_clip))
 
     # The printed plan
     teacher_steps = min(teacher_steps, teacher.N)

@@ -1,5 +1,5 @@
 """
-The claims of this repository, as tests: plain functions, on a CPU (one also on a GPU), with tiny networks, in a few
+The claims of this repository, as tests: plain functions, on a CPU (one needs a GPU), with tiny networks, in a few
 minutes.
 
 $ python test_all.py                 # all of them, ends with "N passed, M failed, K skipped"
@@ -73,6 +73,12 @@ PRECISION = """
 import torch
 can = dict(getattr(torch.cpu, 'get_capabilities', dict)(), avx512_bf16={})                # True: bf16, False: float32
 torch.cpu.get_capabilities = lambda: can
+"""
+TRACED = """
+import torch
+def compile(module):
+    module._compiled_call_impl = torch.compile(module._call_impl, backend='aot_eager')
+torch.nn.Module.compile = compile
 """
 ON_GPU = f"import os\ndel os.environ['CUDA_VISIBLE_DEVICES']\nos.environ.update({GPUS})\n"
 FULL = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'      # no file beyond 2 kB
@@ -902,12 +908,18 @@ def test_compiled_networks_give_the_same_log():
             must_run('distill.py', f'--out_dir={folder}', choice, '--steps=4', '--teacher_steps=1',
                      before=PRECISION.format(False))
             rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
+        for script, settings in (('gan.py', ['--steps=4']), ('reward.py', TINY_REWARD)):  # without the compiler
+            folder = ready_for('gan.py', f'{root}/{script}')
+            text = must_run(script, f'--out_dir={folder}', *settings, '--compile', before=TRACED)
+            assert 'recompile_limit' not in text and 'followed' in text
     for plain, compiled in zip(*rows, strict=True):
         assert all(abs(plain[k] - compiled[k]) <= 1e-3 * (1 + abs(plain[k])) for k in plain), (plain, compiled)
 
 def test_every_stage_runs_on_a_gpu_and_its_files_elsewhere():
-    if not shutil.which('nvidia-smi'):
-        raise SkipTest('needs an NVIDIA GPU')
+    seen = subprocess.run([sys.executable, '-c', ON_GPU + 'import torch\nprint(torch.cuda.is_available())'],
+                          capture_output=True, text=True)
+    if 'True' not in seen.stdout:
+        raise SkipTest('needs a CUDA GPU')
     with tempfile.TemporaryDirectory() as root:
         for script in TINY:
             assert 'on cpu' not in must_run(script, f'--out_dir={root}', before=ON_GPU)
@@ -1048,7 +1060,7 @@ def test_two_processes_give_the_gradient_of_one():
 
 def test_bench_times_what_compilation_would_see():
     from torch.utils._python_dispatch import _get_current_dispatch_mode
-    free = []                                                                # no counter: compilation gives up under one
+    free = []                                                                # no counter above: under one it gives up
     T.report_bench(lambda: free.append(_get_current_dispatch_mode() is None), 1, torch.device('cpu'),
                    contextlib.nullcontext())
     assert all(free[:23]) and not free[23] and len(free) == 24

@@ -47,7 +47,7 @@ seed = 0               # every random number of the run follows from it
 log_every = 20         # steps between log lines
 save_every = 200       # steps between checkpoints and pictures
 # network
-image_size = 32        # pixels; images are resized (shorter side) and centre-cropped to it
+image_size = 32        # pixels; images are resized (shorter side) and centre-cropped to it; the world: multiples of 32
 ch = 16                # channels at full resolution; VQGAN 128
 ch_mult = '1,2,4'      # channel multiplier of each level, each but the last halves the size; VQGAN 1,1,2,2,4
 n_res = 1              # residual blocks per level; VQGAN 2
@@ -210,7 +210,7 @@ def look(images):
 
 
 def check(images, captions):
-    """Does each image show exactly what its caption says? images (B, 3, 32, 32), captions -> bool array (B,).
+    """Does each image show exactly what its caption says? images (B, 3, H, H), captions -> bool array (B,).
     The rule-based counterpart of GenEval: no object missing, none too many, names and relation right."""
     found, names = look(images), (('',) + SHAPES, tuple(COLORS))
     verdict = np.zeros(len(captions), dtype=bool)
@@ -242,7 +242,7 @@ def wrong_caption(caption, u):
 
 def factors(images, captions, world='shapes'):
     """Mode dropping, factor by factor: total-variation distance in [0, 1] between what the images show and the known
-    law (uniform, independent) of all that the captions leave open. images (B, 3, 32, 32) -> {factor: distance}."""
+    law (uniform, independent) of all that the captions leave open. images (B, 3, H, H) -> {factor: distance}."""
     found = look(images)
     known = found['shape'] >= 0
     asked = [parse_caption(c)[1] for c in captions]
@@ -1058,7 +1058,7 @@ class Log:
 def save_grid(path, images, captions=(), columns=8):
     """Images (n, 3, H, W) in [-1, 1] -> one PNG, `columns` per row, each with its caption below if given."""
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    scale = -(-96 // images.shape[-1])                                     # tiles of 96 pixels or more: room for captions
+    scale = -(-96 // images.shape[-1])                                       # tiles with room for captions
     width, height = pixels.shape[2] * scale + 4, pixels.shape[1] * scale + 4 + (30 if len(captions) else 0)
     sheet = Image.new('RGB', (columns * width, -(-len(pixels) // columns) * height), 'white')
     pen = ImageDraw.Draw(sheet)
@@ -1099,7 +1099,7 @@ def report_bench(step, images_per_step, device, autocast):
     seconds = timed(step, 20, device)
     memory = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    with FlopCounterMode(display=False) as counter:                          # last: what meets it is never compiled
+    with FlopCounterMode(display=False) as counter:    # last: torch.compile gives up on code that first runs under it
         step()
     n = 8192 if device.type == 'cuda' else 1536
     with autocast:
