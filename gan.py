@@ -152,7 +152,7 @@ def advice(row, first):
     asked = set()
     if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
-                  'raise --r_max, or lower --w_gan if it oscillates')
+                  'raise --r_max, lower --w_gan if it oscillates, or try --relax=st while the entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
         asked.add('the entropy has halved: compare the toy FD lines; if it does not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')
