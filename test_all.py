@@ -1060,7 +1060,7 @@ def test_two_processes_give_the_gradient_of_one():
 
 def test_bench_times_what_compilation_would_see():
     from torch.utils._python_dispatch import _get_current_dispatch_mode
-    free = []                                                                # no counter above: under one it gives up
+    free = []                                                                # calls with no FLOP counter around them
     T.report_bench(lambda: free.append(_get_current_dispatch_mode() is None), 1, torch.device('cpu'),
                    contextlib.nullcontext())
     assert all(free[:23]) and not free[23] and len(free) == 24

@@ -766,7 +766,7 @@ def configure(g, argv=None):
             raise SystemExit(f'{name}: --{key} takes {wanted} (default {defaults[key]!r}), not {text!r}') from None
     if g.get('data') and g['data'] not in WORLDS:                # a checkpoint names the folder from anywhere
         g['data'] = os.path.abspath(g['data'])
-    for key in keys:
+    for key in keys:  # training's bench divides by steps; sample.py's default of 0 is its usual number
         value, least = g[key], 1 if key == 'steps' and g.get('bench') and defaults[key] else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
                   f'at least {least:g}' if least is not None and not value >= least else
