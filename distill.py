@@ -57,7 +57,7 @@ beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
-clip = 1.0             # largest gradient norm, each network; paper 1
+clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2

@@ -70,7 +70,7 @@ beta2 = 0.99           # Adam; paper .999
 weight_decay = 0.0     # paper .01 in the long MaskBit run
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
-clip = 1.0             # largest gradient norm, each network; paper 1
+clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 beta = 0.0             # generalized Jeffreys: 0 forward KL, which covers modes; 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)

@@ -151,8 +151,8 @@ class MDM(nn.Module):
     def features(self, emb, cond, layers):
         """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
         from 1, in that order. For the discriminator heads and the output. Raises ValueError."""
-        if not all(1 <= k <= len(self.blocks) for k in layers):
-            raise ValueError(f'layers {layers} are outside the blocks 1 to {len(self.blocks)}')
+        if not layers or not all(1 <= k <= len(self.blocks) for k in layers):
+            raise ValueError(f'layers {layers}: expected some of the blocks 1 to {len(self.blocks)}')
         words = self.cond_emb(cond.view(len(cond), -1))                      # (B, T, D)
         h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)
         h = h.to(self.pos_emb.dtype)                                         # (B, L + T, D), not bf16: blocks add up
@@ -329,8 +329,9 @@ def random_positions(shape, count, rng, device):
 def mask_tokens(tokens, ratio, rng=None):
     """Which of the tokens (B, N) to mask at ratio t (B,): bool (B, N), exactly max(1, round(t N)) True in each row.
     x_t = tokens.masked_fill(mask, mask_id)."""
-    N = tokens.shape[1]
-    count = (torch.as_tensor(ratio, device=tokens.device) * N).round().clamp(1, N).expand(len(tokens))
+    N, ratio = tokens.shape[1], torch.as_tensor(ratio, device=tokens.device)
+    ratio = ratio.to(torch.promote_types(ratio.dtype, torch.float32))        # bf16 counts to 256
+    count = (ratio * N).round().clamp(1, N).expand(len(tokens))
     return random_positions(tokens.shape[:2], count[:, None], rng, tokens.device)
 
 
@@ -793,9 +794,10 @@ def hub(build, path):
     """build(transformers); a missing package, a missing or wrong file ends with one line. Only tensors are read."""
     try:
         import transformers
-        return build(transformers)
     except ImportError:
         raise SystemExit('published rewards need one more package: pip install transformers') from None
+    try:
+        return build(transformers)
     except Exception as error:  # transformers raises many kinds here
         reason = f'it has no {error}' if isinstance(error, KeyError) else (str(error) or 'empty').splitlines()[0]
         raise SystemExit(f'cannot load a published reward from {path}: {reason}; say where its files are with '
@@ -945,7 +947,7 @@ def world_reward(path, name, device):
     net = TwoTower(**state['args'][name]).to(device).eval().requires_grad_(False)
     restore(net, state[name], path, name)
     text = cached(lambda prompts: net.text_features(word_ids(prompts, state['words'], net.config['T']).to(device)))
-    return lambda images, prompts: F.logsigmoid(net.score(net.image_features(images), text(prompts)))
+    return lambda images, prompts: F.logsigmoid(net.score(net.image_features(images.clamp(-1, 1)), text(prompts)))
 
 
 # -----------------------------------------------------------------------------

@@ -75,7 +75,7 @@ beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 25            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
-clip = 1.0             # largest gradient norm, each network; paper 1
+clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 image_clip = 3.0       # largest gradient norm of one image at the generator's input, 0 = none; paper 0
 ema_decay = 0.98       # averaged generator, which is what gets sampled; paper .9999
 # the teacher in the final table
@@ -123,7 +123,7 @@ def train_reward(kind, source, tokenizer, words, T, part, device):
     torch.manual_seed(seed + part)
     net = TwoTower(kind, len(words), T).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=reward_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    n = min(10_000, source.length)                                           # of a folder: spread over its classes
+    n = min(10_000, source.length, 2 ** 27 // source.size ** 2)              # of a folder: spread over its classes
     images, captions = source.batch(range(n) if source.is_world else torch.linspace(0, source.length - 1, n).long())
     with torch.no_grad():
         tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(tokenizer.batch)])
@@ -187,9 +187,9 @@ class Judged(Reference):
                     saturation=(x.amax(1) - x.amin(1)).mean() / 2)
 
     def measure(self, images, captions):
-        parts = [slice(k, k + 250) for k in range(0, len(images), 250)]
-        rows = [self.judge(images[p].to(self.device), captions[p]) for p in parts]
-        means = {key: float(sum(len(images[p]) * r[key] for p, r in zip(parts, rows)) / len(images)) for key in rows[0]}
+        parts = images.split(250)
+        rows = [self.judge(x.to(self.device), captions[250 * k:250 * k + 250]) for k, x in enumerate(parts)]
+        means = {key: float(sum(len(x) * r[key] for x, r in zip(parts, rows)) / len(images)) for key in rows[0]}
         return dict(super().measure(images, captions), **means)
 
 
@@ -208,6 +208,8 @@ if __name__ == '__main__':
     teacher_path, init_path = teacher_ckpt or f'{out_dir}/model.pt', init or f'{out_dir}/distill.pt'
     packed = load_checkpoint(teacher_path, 'model', 'Train it with: python model.py', fallback=True)
     start = load_checkpoint(init_path, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if os.path.abspath(init_path) == os.path.abspath(out):
+        raise SystemExit(f'reward.py: --init={init_path} would be overwritten; choose another --out_dir')
     if not start['data']:
         raise SystemExit(f'{init_path}: was made without data; reward.py is for the shapes world and image folders')
     same_tokens(packed, start, teacher_path, init_path)
@@ -228,21 +230,22 @@ if __name__ == '__main__':
         except KeyboardInterrupt:
             raise SystemExit('reward.py: stopped; the same command trains the reward models anew') from None
         save_checkpoint(world_file, dict(stage='rewards', step=reward_steps, config=config, words=words,
-                                         args={name: net.config for name, net in nets.items()},
+                                         data=start['data'], args={name: net.config for name, net in nets.items()},
                                          **{name: net.state_dict() for name, net in nets.items()}))
     if world > 1:
         dist.barrier()
     made = load_checkpoint(world_file, 'rewards', fallback=True)
-    if made['words'] != words or made['step'] != reward_steps:
-        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {len(made["words"])} words, expected '
-                         f'{reward_steps} for {len(words)}; delete it, or choose another --out_dir')
+    if (made['data'], made['step'], made['words']) != (start['data'], reward_steps, words):
+        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {made["data"]} ({len(made["words"])} words), '
+                         f'expected {reward_steps} for {start["data"]} ({len(words)}); delete it or change --out_dir')
     rewards = load_rewards(config, world_file, device)
     if not rewards:
         raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
     reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
 
     # Networks: teacher (phi), generator (theta), its average and its start, auxiliary (psi)
-    teacher, generator, generator_ema, aux, start_net = (MDM(**packed['args']).to(device) for _ in range(5))
+    teacher = MDM(**packed['args']).to(device)
+    generator, generator_ema, aux, start_net = (MDM(**start['args']).to(device) for _ in range(4))
     for network, weights, path in ((teacher, packed['ema'], teacher_path), (aux, start['aux'], init_path),
                                    *((n, start['ema'], init_path) for n in (generator, generator_ema, start_net))):
         restore(network, weights, path, 'weights')
@@ -311,8 +314,7 @@ if __name__ == '__main__':
                 grad = w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
                 psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
                 psi_loss.backward()
-                numbers.update(aux_loss=psi_loss.detach(), divergence=(
-                    jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()))
+                numbers['aux_loss'] = psi_loss.detach()
             # An image between two modes has a gradient hundreds of times larger than the median; no image may dominate
             total_grad = grad + reward_grad
             if image_clip:
@@ -323,7 +325,9 @@ if __name__ == '__main__':
             surrogate(logits, total_grad).backward()
         numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()))
         ema_update(generator_ema, generator, ema_decay, step)
-        numbers.update(grad_dimo=grad.norm() / micro, grad_reward=reward_grad.norm() / micro)
+        numbers.update(grad_dimo=grad.norm() / micro, grad_reward=reward_grad.norm() / micro)  # before image_clip
+        if w_dimo and (step + 1) % log_every == 0:
+            numbers['divergence'] = jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
         return numbers, (logits.detach(), images.detach(), captions)
 
     finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm

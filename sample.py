@@ -185,6 +185,9 @@ if __name__ == '__main__':
         raise SystemExit('sample.py: runs as one process, except for --metrics --inception=...; start it with python')
     if n < 1:
         raise SystemExit(f'sample.py: --n={n} images; give at least 1')
+    if (metrics or sweep) and (prompt or label or png_dir):
+        raise SystemExit('sample.py: --metrics and --sweep use captions of the data and write no images; leave out '
+                         '--prompt, --label and --png_dir')
     if teacher == 'ours':
         state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     else:

@@ -230,11 +230,17 @@ def check(images, captions):
 
 
 def wrong_caption(caption, u):
-    """The caption with one fact changed (a colour, a shape, the number or the relation), chosen by u in [0, 1)."""
+    """The caption with one fact changed, a colour, a shape, the number or the relation, or exchanged between its two
+    objects; chosen by u in [0, 1)."""
     words = caption.split()
     groups = (tuple(NUMBERS), tuple(COLORS), SHAPES, PLURALS, ('left', 'right'), ('above', 'below'))
     places = [(k, g) for k, w in enumerate(words) for g in groups if w in g]
     k, group = places[int(u * len(places))]
+    for j in (j for j, g in places if g is group and words[j] != words[k] and u * 1e4 % 1 < 0.4):
+        words[j], words[k] = words[k], words[j]                                           # two objects exchange a fact
+        if {*' '.join(words).split(' and ')} != {*caption.split(' and ')}:
+            return ' '.join(words)
+        words = caption.split()
     rest = [w for w in group if w != words[k]]
     words[k] = rest[int(u * 1e6) % len(rest)]
     return ' '.join(words)
@@ -590,9 +596,10 @@ class Tokenizer(nn.Module):
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1], H = W a multiple of the cell -> ids (B, N)."""
-        if images.shape[2] != images.shape[3] or images.shape[2] % (self.config['image_size'] // self.grid):
-            raise ValueError(f'encode expects square images whose side is a multiple of '
-                             f'{self.config["image_size"] // self.grid}, got {tuple(images.shape)}')
+        cell = self.config['image_size'] // self.grid
+        if images.dim() != 4 or images.shape[2] != images.shape[3] or images.shape[2] % cell:
+            raise ValueError(f'encode expects square images whose side is a multiple of {cell}, got '
+                             f'{tuple(images.shape)}')
         return self.nearest(self.latents(images))
 
     def decode(self, x, text=None):
@@ -601,7 +608,8 @@ class Tokenizer(nn.Module):
         (Soft-Di[M]O, arXiv 2509.22925, Eq. 3 with the decoder's table); a one-hot gives exactly the hard image. N may
         be that of any square image. `text` is for text-guided decoders and unused here."""
         soft, table = x.is_floating_point(), self.table
-        if math.isqrt(x.shape[1] // self.S) ** 2 * self.S != x.shape[1] or soft and x.shape[2] != self.V:
+        if (x.dim() != 2 + soft or soft and x.shape[2] != self.V
+                or math.isqrt(x.shape[1] // self.S) ** 2 * self.S != x.shape[1]):
             raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
                              f'got {tuple(x.shape)}')
         return self.decode_latents(x.to(table.dtype) @ table if soft else F.embedding(x, table))
@@ -722,8 +730,12 @@ ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosi
                weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
 LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
              teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6,
-             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1)
-SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing')
+             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1, reward_batch=2,
+             n_wrong=1, **dict.fromkeys(('generator_lr', 'aux_lr', 'disc_lr', 'reward_lr', 'muon_lr', 'generator_muon',
+                                         'aux_muon', 'disc_muon', 'weight_decay', 'warmup', 'disc_warmup', 'patience',
+                                         'clip', 'image_clip', 'reward_steps', 'warmup_free'), 0))
+SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing',
+          'beta1', 'beta2', 'ema_decay')
 
 
 def configure(g, argv=None):
@@ -769,16 +781,27 @@ def configure(g, argv=None):
     for key in keys:  # training's bench divides by steps; sample.py's default of 0 is its usual number
         value, least = g[key], 1 if key == 'steps' and g.get('bench') and defaults[key] else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
-                  f'at least {least:g}' if least is not None and not value >= least else
-                  'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else '')
+                  'a finite number' if type(value) is float and not math.isfinite(value) else
+                  f'at least {least:g}' if least is not None and value < least else
+                  'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else
+                  'below 1' if key in ('beta1', 'beta2') and value == 1 else '')
         if wanted:
             raise SystemExit(f'{name}: --{key}={value} cannot be, expected {wanted}')
     return {k: g[k] for k in keys}
 
 
+def report_error(kind, error, trace):
+    """sys.excepthook: Ctrl-C ends with one line, everything else as usual."""
+    if kind is KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def start_processes():
     """Join the torchrun group, if there is one -> (rank, world, device, autocast). One process per GPU with nccl,
     gloo on the CPU; bf16 autocast where the GPU or the CPU computes in it, else float32, and no float16 path."""
+    sys.excepthook = report_error
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()
     device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
@@ -823,15 +846,15 @@ def rng_for(seed, step, part=0, device='cpu'):
 
 
 def apply_gradients(parameters, optimizers, parts, clip=1.0):
-    """Divide accumulated gradients by `parts`, average them over all processes with one all-reduce, clip their norm,
-    step. -> the norm before the clipping."""
+    """Divide accumulated gradients by `parts`, average them over all processes with one all-reduce, clip their norm
+    (0: no limit), step. -> the norm before the clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     if dist.is_initialized():
         dist.all_reduce(flat)
     flat /= parts
     torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
     return norm
@@ -888,7 +911,7 @@ def writing(path):
         yield
     except (OSError, RuntimeError, ValueError) as error:                                 # of torch.save, of PIL
         raise SystemExit(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; '
-                         'free some space or permissions, or choose another place (--out_dir=...)') from None
+                         'free some space or permissions, or choose another place') from None
 
 
 def save_checkpoint(path, state):
@@ -1217,6 +1240,8 @@ if __name__ == '__main__':
             ids = torch.cat([net.encode(x.to(device)) for x in held.split(net.batch)])
             again = torch.cat([net.decode(x).cpu() for x in ids.split(net.batch)])
         share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
+        if images.bad:
+            print(f'{len(images.bad)} unreadable files were skipped')
         print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
               f'{(share > 0).sum()} of {n_codes}, perplexity {torch.special.entr(share).sum().exp():.1f} -> {out}')
     end_processes()

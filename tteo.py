@@ -61,8 +61,8 @@ bert_path = 'bert-base-uncased'
 
 def passes_of(iterations, output, starts=1):
     """Network-plus-decoder passes of a run: one per fresh start, a forward for every iterate, a backward (two) for
-    every step; where tokens are handed out, their decoding counts as one more for every iterate."""
-    return (starts if starts > 1 else 0) + 3 * iterations + 1 + (output == 'tokens') * (iterations + 1)
+    every step; where tokens are handed out, their decoding counts as one more for every step."""
+    return (starts if starts > 1 else 0) + (3 + (output == 'tokens')) * iterations + 1
 
 
 def keep_better(best, score, x):
@@ -131,6 +131,9 @@ if __name__ == '__main__':
     source = Images(state['data'], tokenizer.config['image_size'], expected=words)
     folder = os.path.dirname(ckpt)
     world_file, name = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
+    made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
+    if made_for != words:
+        raise SystemExit(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
     rewards = load_rewards(config, world_file, device)
     if not rewards:
         raise SystemExit('tteo.py: every reward has weight 0; give one, as in --w_clip=1')
@@ -153,13 +156,11 @@ if __name__ == '__main__':
         """emb -> (images to differentiate, images handed out)."""
         def draw(emb):
             logits = generator(emb, cond)
-            if emb.requires_grad or output == 'soft':
-                images = tokenizer.decode(relaxed(logits, relax, made['tau'], rngs))
+            soft = lambda: tokenizer.decode(relaxed(logits, relax, made['tau'], rngs))
             if output == 'soft':
-                return images, images
-            with torch.no_grad():
-                handed_out = tokenizer.decode(logits.argmax(-1))
-            return images if emb.requires_grad else handed_out, handed_out
+                return (soft(),) * 2
+            hard = tokenizer.decode(logits.argmax(-1))                       # from ids: no graph
+            return soft() if emb.requires_grad else hard, hard
         return draw
 
     def report(images, part):
@@ -232,16 +233,15 @@ if __name__ == '__main__':
               + ''.join(f'{s:15.3f}' for s in shares.values()))
     print(f'{n} images, seeds ({seed}, 0..{n - 1}), {output} output; they are chosen by the reward, so its value is '
           'no evidence: read the held-out reward and the checker')
-    curve = lambda rows, cost, k: [(float(c), float(r[k].mean())) for c, r in zip(cost, rows)]
-    column, label = (2, 'captions followed') if source.is_world else (1, 'held-out reward')
-    save_curve(f'{name}-curve.png', {'TTEO': curve(ascent, passes, column),
-                                     'best of N': curve(control, range(1, best_of + 1), column)}, label)
     keys = ('kept', 'held_out', 'followed', 'current', 'moved')
     history = lambda rows, cost: [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)
                                                     if not v.isnan().any()}) for c, r in zip(cost, rows)]
+    curves = dict(trajectory=history(ascent, passes), best_of=history(control, range(1, best_of + 1)))
+    column, label = ('followed', 'captions followed') if source.is_world else ('held_out', 'held-out reward')
+    save_curve(f'{name}-curve.png', {k: [(r['passes'], r[column]) for r in rows]
+                                     for k, rows in zip(('TTEO', 'best of N'), curves.values())}, label)
     with writing(f'{name}.json'), open(f'{name}.json', 'w') as file:
-        json.dump(dict(config=config, table=table, trajectory=history(ascent, passes),
-                       best_of=history(control, range(1, best_of + 1))), file, indent=1)
+        json.dump(dict(config=config, table=table, **curves), file, indent=1)
     pick = torch.linspace(0, n - 1, min(n, 16)).long()
     save_grid(f'{name}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
               columns=len(pick))
