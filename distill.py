@@ -4,9 +4,9 @@ Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many st
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
 losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
 one auxiliary pass both losses: 8 forward-equivalents per guided step instead of 10, a backward counting two
-(--reuse=false: the released order); half of the re-maskings hide (nearly) everything, as global choices are judged
-only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher, and its
-own samples.
+(--reuse=false: the released order); nine re-maskings of ten hide all or nearly all, as choices of the whole image are
+judged only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher,
+and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
@@ -65,7 +65,7 @@ cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (Mask
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.25          # share of re-maskings that hide everything, where global choices are judged; paper 0
-p_near = 0.25          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
+p_near = 0.65          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's

@@ -1943,6 +1943,7 @@ def test_errors_of_the_scripts_are_one_line():
         teacher = ('sample.py', f'--ckpt={done}/model.pt')
         cases = [(('distill.py', '--batchsize=3'), 'unknown setting --batchsize; did you mean --batch_size?'),
                  (('distill.py', '--clip=x'), "--clip takes a value of type float (default 1.0), not 'x'"),
+                 (('distill.py', '--p_full=0.5', '--p_near=0.6'), 'are shares of one whole'),
                  (('distill.py', '--micro_batch=3'), 'batch_size 8 is not a multiple of 1 process(es) x 3'),
                  (('distill.py', '--teacher_ckpt=no.pt'), 'no.pt: no such checkpoint'),
                  (('distill.py', f'--teacher_ckpt={folder}/tokenizer.pt'), 'is a tokenizer checkpoint'),
@@ -2006,6 +2007,8 @@ if __name__ == '__main__':
     words, counts, started = sys.argv[1:], dict(passed=0, failed=0, skipped=0), time.time()
     names = [n for n, f in globals().items() if n.startswith('test_') and inspect.isfunction(f)]
     names = [n for n in names if not words or any(w in n for w in words)]
+    if not names:
+        sys.exit(f'test_all.py: no test has {" or ".join(words)} in its name; give parts of names, or nothing for all')
     workers, fork = min(2, os.cpu_count()), multiprocessing.get_context('fork')  # each trains a tiny run of its own
     with tempfile.TemporaryDirectory() as tempfile.tempdir, ProcessPoolExecutor(workers, fork) as pool:
         for name, (outcome, seconds, note) in zip(names, pool.map(attempt, names)):

@@ -787,6 +787,8 @@ def configure(g, argv=None):
                   'below 1' if key in ('beta1', 'beta2') and value == 1 else '')
         if wanted:
             raise SystemExit(f'{name}: --{key}={value} cannot be, expected {wanted}')
+    if g.get('p_full', 0) + g.get('p_near', 0) > 1 + 1e-6:
+        raise SystemExit(f'{name}: --p_full={g["p_full"]} and --p_near={g["p_near"]} are shares of one whole, above 1')
     return {k: g[k] for k in keys}
 
 

@@ -188,29 +188,28 @@ if __name__ == '__main__':
         rows = torch.stack([torch.cat(r, 1) for r in rows])                  # (iterates, 5, n)
         return rows, torch.cat(first), torch.cat(last), spent * 1000 / n
 
-    def draw_number(j, part):
-        """Fresh start j of these images -> (embedding, image handed out, score, generators); 0 is sample.py's."""
+    def fresh_start(j, part):
+        """Start j of these images -> (embedding, its `drawing`); 0 is sample.py's."""
         index = range(part.start, min(part.stop, n))
         rngs = [rng_for(seed, k, ('draw', j), device) for k in index] if j else image_rngs(seed, index, device)
-        with torch.no_grad():
-            emb = start_embedding(conditions[part], rngs)
-            images = drawing(conditions[part], rngs)(emb)[1]
-            return emb, images, reward_sum(rewards, images, captions[part]), rngs
+        return start_embedding(conditions[part], rngs), drawing(conditions[part], rngs)
 
     def optimised(part):
         """TTEO from the best of `starts` draws."""
-        best = None
+        score, best = lambda images: reward_sum(rewards, images, captions[part]), None
         for j in range(starts):
-            emb, _, score, rngs = draw_number(j, part)
-            best = keep_better(best, score, emb)
-        return ascend(best[1], drawing(conditions[part], rngs),
-                      lambda images: reward_sum(rewards, images, captions[part]), iterations, lr, clip, pull)
+            emb, draw = fresh_start(j, part)
+            if starts > 1:
+                best = keep_better(best, score(draw(emb)[1]), emb)
+        return ascend(best[1] if best else emb, draw, score, iterations, lr, clip, pull)
 
     def fresh_draws(part):
         """Best of N: the first draws are the starts of TTEO."""
         best = None
         for j in range(best_of):
-            _, images, score, _ = draw_number(j, part)
+            emb, draw = fresh_start(j, part)
+            images = draw(emb)[1]
+            score = reward_sum(rewards, images, captions[part])
             best = keep_better(best, score, images)
             yield score, *best, torch.zeros_like(score)
 
