@@ -1937,6 +1937,11 @@ def test_other_optimizers_than_the_saved_ones_are_explained():
     assert optimizers[0].param_groups[0]['fused'] is False
     exits_with(lambda: M.restore_optimizers(made(0), states, 'x.pt'), 'x.pt: its optimizers', 'Muon')
 
+def test_ctrl_c_ends_with_one_line():
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        T.report_error(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert told.getvalue() == 'stopped\n'
+
 def test_errors_of_the_scripts_are_one_line():
     with tempfile.TemporaryDirectory() as root:
         folder, done = ready_for('distill.py', f'{root}/out'), tiny_run()[0]
