@@ -235,9 +235,10 @@ if __name__ == '__main__':
     if world > 1:
         dist.barrier()
     made = load_checkpoint(world_file, 'rewards', fallback=True)
-    if (made['data'], made['step'], made['words']) != (start['data'], reward_steps, words):
-        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {made["data"]} ({len(made["words"])} words), '
-                         f'expected {reward_steps} for {start["data"]} ({len(words)}); delete it or change --out_dir')
+    if (made.get('data'), made['step'], made['words']) != (start['data'], reward_steps, words):
+        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} '
+                         f'words), expected {reward_steps} for {start["data"]} ({len(words)}); delete it, or choose '
+                         'another --out_dir')
     rewards = load_rewards(config, world_file, device)
     if not rewards:
         raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
