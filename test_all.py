@@ -485,7 +485,8 @@ def test_forward_takes_ids_probabilities_and_embeddings():
         assert [tuple(s.shape) for s in states] == [(2, 16, D)] * 2 and not torch.equal(*states)
         same(states[::-1], model.features(model.embed(ids), cond, [2, 1]))
         assert not torch.allclose(logits, model(ids, model.null(cond)))
-    exits_with(lambda: model.features(model.embed(ids), cond, [0, 3]), 'outside the blocks 1 to 2')
+    for layers in ([0, 3], []):
+        exits_with(lambda: model.features(model.embed(ids), cond, layers), 'some of the blocks 1 to 2')
     exits_with(lambda: model.embed(ids[:, :9]), 'expects ids (B, 16), got (2, 9)')
 
 

@@ -913,7 +913,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, ValueError) as error:                                 # of torch.save, of PIL
         raise SystemExit(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; '
-                         'free some space or permissions, or choose another place') from None
+                         'free some space or permissions, or choose another --out_dir (sample.py: --grid, '
+                         '--png_dir; tteo.py: --name)') from None
 
 
 def save_checkpoint(path, state):
