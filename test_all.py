@@ -135,6 +135,12 @@ def ready_for(script, folder):
         os.link(path, f'{folder}/{os.path.basename(path)}')
     return folder
 
+def inside(script, *arguments):
+    """The globals of a script that ran to its end in this process, tiny settings first."""
+    command, seen = [f'{HERE}/{script}', *TINY.get(script, []), *OFTEN, *arguments], []
+    with mock.patch.object(sys, 'argv', command), contextlib.redirect_stderr(io.StringIO()):
+        printed(lambda: seen.append(runpy.run_path(command[0], run_name='__main__')))
+    return seen[0]['update'].__globals__
 
 def same(a, b, where=''):
     """Two nested containers of tensors are equal bit for bit."""
@@ -416,6 +422,7 @@ def test_token_cache_is_never_stale():
         assert rows_and_caches() == (13, 2)
         tokenizer.codebook.weight.data += 1
         assert rows_and_caches() == (13, 3)
+        assert len(T.token_data(T.Images(f'{root}/data', 16), tokenizer, root, device, flips=True)) == 26
 
 
 # -----------------------------------------------------------------------------
@@ -445,6 +452,20 @@ def test_quantisation_takes_the_nearest_code():
     _, z, q = tokenizer(images)
     brute = torch.cdist(z, tokenizer.codebook.weight[None]).argmin(-1)
     assert torch.equal(tokenizer.encode(images), brute) and torch.equal(q, tokenizer.codebook(brute))
+
+def test_a_new_codebook_has_codes_for_rare_patches():
+    place = torch.tensor([0.0, 0.0, 9.0, -9.0])[torch.cat([torch.zeros(500), torch.arange(4)]).long()]
+    z = place[:, None] + 1e-3 * torch.randn(504, 1)
+    for k in range(20):
+        assert {round(v) for v in T.spread_out(z, 3, torch.Generator().manual_seed(k))[:, 0].tolist()} == {0, 9, -9}
+
+def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment():
+    with tempfile.TemporaryDirectory() as root:
+        inner = inside('tokenizer.py', '--commitment=0', f'--out_dir={root}')
+        with mock.patch.dict(inner, draw=mock.Mock(wraps=inner['draw'])):
+            inner['update']()
+            assert 0 <= min(inner['draw'].call_args.args[0]) <= max(inner['draw'].call_args.args[0]) < T.HELD_OUT
+        assert inner['net'].codebook.weight.grad.abs().max() > 0             # the codebook's own term has no weight
 
 
 # -----------------------------------------------------------------------------
@@ -587,6 +608,16 @@ def test_teacher_sampler_reveals_by_schedule_and_keeps_what_it_revealed():
     assert M.reveal_counts(8, 256) == [1, 18, 26, 32, 38, 43, 48, 50]           # the published MaskGIT table
     exits_with(lambda: M.reveal_counts(17, 16), '1..16', '17')
 
+def test_teacher_sampler_reveals_the_most_confident_first_and_noise_in_proportion():
+    model, seen, place = small_model(N=12), [], torch.arange(12)             # place i: i + 1 equally likely codes
+    flat = torch.zeros(12, 12).masked_fill(place > place[:, None], -1e9)
+    model.forward = lambda x, cond: seen.append(x.clone()) or flat.expand(len(x), -1, -1)
+    M.sample_teacher(model, torch.zeros(2, 3).long(), 12, 1.0, gumbel=0.0)
+    assert all(torch.equal(x != 12, (place < k).expand(2, -1)) for k, x in enumerate(seen))
+    M.sample_teacher(model, torch.zeros(4000, 3).long(), 2, 1.0, gumbel=1.0)   # Gumbel's maximum: in proportion to p
+    law = 1 / (1 + place) / (1 / (1 + place)).sum()
+    assert ((seen[-1] != 12).float().mean(0) - law).abs().max() < 0.03 and len(seen) == 14
+
 def test_sampler_schedule_equals_the_golden_tables():
     if not os.environ.get('GOLDEN'):
         raise SkipTest('GOLDEN is not set')
@@ -605,6 +636,8 @@ def test_an_image_does_not_depend_on_its_batch():
         parts = [draw(cond[k:k + 2], M.image_rngs(0, range(k, min(k + 2, 7)))) for k in range(0, 7, 2)]
         assert torch.equal(whole, torch.cat(parts))
         assert not torch.equal(whole, draw(cond, M.image_rngs(1, range(7))))
+    keys = ((0, 0), (1, 0), (0, 1), (0, 0, 1), (0, 0, 'x'))
+    assert len({torch.rand(1, generator=T.rng_for(*key)).item() for key in keys}) == 5
 
 
 # -----------------------------------------------------------------------------
@@ -641,8 +674,12 @@ def test_auxiliary_loss_counts_masked_positions_only():
     loss = M.aux_loss(logits, tokens, mask, 0.0)
     brute = -(logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] * mask).sum() / mask.sum()
     assert torch.allclose(loss, brute)
+    smooth = 0.9 * loss - 0.1 * logits.log_softmax(-1)[mask].mean()
+    assert torch.allclose(M.aux_loss(logits, tokens, mask, 0.1), smooth)
     loss.backward()
     assert (logits.grad[~mask] == 0).all() and (logits.grad[mask] != 0).all()
+    entropy, top = M.token_entropy(torch.zeros(2, 5, 8))
+    assert abs(entropy - math.log(8)) < 1e-5 and abs(top - 1 / 8) < 1e-6
 
 def test_remasking_hides_masked_tokens_only():
     tokens = torch.randint(12, (200, 16))
@@ -712,6 +749,9 @@ def test_discriminator_overfits_a_fixed_pair():
         gan.disc_loss(d_real, d_fake, False).backward()
         optimizer.step()
     assert (d_real > 0).all() and (d_fake < 0).all()
+    states, words = [torch.randn(8, 16, 24)] * 3, torch.randn(8, 72)             # caption and masked share are heard
+    a, b, c = (disc.eval()(states, *given) for given in ((words, r), (0 * words, r), (words, 0 * r)))
+    assert (a - b).abs().min() > 1e-4 and (a - c).abs().min() > 1e-4
 
 def test_gan_losses_have_their_closed_forms():
     real, fake = torch.randn(6), torch.randn(6)
@@ -780,6 +820,12 @@ def test_frechet_distance_has_its_closed_forms():
     moments = thin.float().numpy().mean(0), np.cov(thin.T.numpy())
     assert abs(M.frechet_distance(thin, thin)) < 1e-9 and abs(M.frechet_distance(thin, moments)) < 1e-6
 
+def test_what_is_measured_is_held_out_and_apart_from_its_reference():
+    with mock.patch.object(T, 'draw', wraps=T.draw) as drawn:
+        M.Reference(T.Images('shapes', 32), 10).prompts(20)
+    a, b = ({int(i) for i in call.args[0]} for call in drawn.call_args_list)
+    assert min(a | b) >= T.HELD_OUT and not a & b and len(a) == 10
+
 def test_precision_and_recall_of_known_sets():
     rng = torch.Generator().manual_seed(0)
     real = torch.randn(1200, 4, generator=rng, dtype=torch.float64)
@@ -841,6 +887,17 @@ def test_each_update_alone_moves_its_network_the_right_way():
           f'{losses[1]:.4f}')
     assert moved < 0 and losses[1] < losses[0]
 
+def test_the_released_order_gives_the_auxiliary_model_a_draw_of_its_own():
+    with tempfile.TemporaryDirectory() as root:
+        folder, kept = ready_for('distill.py', f'{root}/out'), []
+        inner = inside('distill.py', '--steps=1', '--teacher_steps=1', '--reuse=false', f'--out_dir={folder}')
+        parts = dict(remask=lambda *given: kept.append(M.remask(*given)) or kept[-1],
+                     aux_loss=lambda z, tokens, mask, _: kept.append((tokens, mask)) or M.aux_loss(z, tokens, mask))
+        with mock.patch.dict(inner, parts):
+            inner['update']()
+        (x_t, hidden), (tokens, mask) = kept[-2:]
+        assert len(kept) == 3 and torch.equal(hidden, mask) and torch.equal(x_t[~mask], tokens[~mask])
+
 def test_gan_ends_with_its_table_log_and_pictures():
     folder, text = tiny_run()[0], tiny_run()[1]['gan.py']
     names = [r['name'] for r in json.load(open(f'{folder}/gan.json'))['rows']]
@@ -893,17 +950,22 @@ def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses():
             nets.append(torch.load(f'{folder}/gan.pt')['net'])
         same(*nets)
 
-def test_a_gan_run_leaves_no_gradient_in_its_teacher():
+def test_a_gan_run_adds_up_its_gradients_masks_alike_and_leaves_none_in_its_teacher():
     with tempfile.TemporaryDirectory() as root:
-        folder = ready_for('gan.py', f'{root}/out')
-        command = [f'{HERE}/gan.py', *TINY['gan.py'], *OFTEN, '--steps=2', f'--out_dir={folder}']
-        with mock.patch.object(sys, 'argv', command), contextlib.redirect_stderr(io.StringIO()):
-            seen = []
-            printed(lambda: seen.append(runpy.run_path(command[0], run_name='__main__')))
-        teacher, disc = seen[0]['teacher'], seen[0]['disc']
-        same(dict(teacher.state_dict()), torch.load(f'{folder}/model.pt')['ema'])
-        assert all(p.grad is None for p in teacher.parameters())
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in disc.heads[0].enter.parameters())
+        folder, kept, real = ready_for('gan.py', f'{root}/out'), [], torch.randint(32, (8, 64))
+        inner = inside('gan.py', '--steps=2', f'--out_dir={folder}')
+        same(dict(inner['teacher'].state_dict()), torch.load(f'{folder}/model.pt')['ema'])
+        assert all(p.grad is None for p in inner['teacher'].parameters())
+        assert all(p.grad.abs().max() > 0 for p in inner['disc'].heads[0].enter.parameters())
+        parts = dict(relaxed=lambda z, *_: kept.append(z) or M.relaxed(z), gan_loss=lambda *_: kept[0].mean(0).sum(),
+                     dimo_grad=lambda z, *_: torch.full_like(z, 2),
+                     surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum())
+        with mock.patch.dict(inner, parts):                                      # gradients of 1 and 2 per image
+            inner['update']()
+        assert torch.allclose(kept[1], torch.full_like(kept[1], gan.w_gan + 2 * gan.w_dimo))
+        with mock.patch.dict(inner, relaxed=lambda z, *_: z):                    # a fake that is real: the same masks
+            states, _, r, _ = inner['discriminate'](real, torch.zeros(8, 8).long(), F.one_hot(real, 32).float(), None)
+        assert all(torch.allclose(*h.chunk(2), atol=1e-3) for h in states) and r.max() <= gan.r_max
 
 def test_compiled_networks_give_the_same_log():
     if not shutil.which('g++'):
@@ -950,6 +1012,17 @@ def test_sampling_writes_the_same_image_whatever_the_batch():
         read = lambda name: open(f'{root}/{name}.png', 'rb').read()
         assert len(os.listdir(f'{root}/three')) == 4 and read('single/00001') != read('single/00000')
         assert all(read(f'three/{k:05d}') == read(f'single/{k:05d}') for k in range(2))
+        state = torch.load(f'{tiny_run()[0]}/distill.pt')                        # weights, tau, r_init are the run's
+        state['net']['bias'] += torch.randn(64, 32)
+        torch.save({**state, 'config': {**state['config'], 'tau': 0.5}}, f'{root}/cold.pt')
+        must_run('sample.py', '--ckpt', f'{root}/cold.pt', *ask[2:], '--n=3', '--weights=net', f'--png_dir={root}/net')
+        generator, cond = M.MDM(**state['args']), T.word_ids(['a red circle'] * 3, T.WORDS, 8)
+        for name, weights, tau in (('three', 'ema', 1.0), ('net', 'net', 0.5)):
+            generator.load_state_dict(state[weights])
+            tokens = M.one_step(generator, cond, 0.9, 0.03, tau, M.image_rngs(0, range(3)))[1]
+            image = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(tokens)[2].clamp(-1, 1)
+            drawn = np.asarray(Image.open(f'{root}/{name}/00002.png')).astype(float)
+            assert abs(drawn - (image.detach().permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
 
 def test_metrics_print_their_sample_count_seeds_and_reference():
     with tempfile.TemporaryDirectory() as root:
@@ -972,6 +1045,8 @@ def test_folder_goes_through_the_whole_pipeline():
             name = f'{root}/data/{"zero one".split()[k % 2]}'
             os.makedirs(name, exist_ok=True)
             Image.new('L', (28, 28), 60 * (k % 2) + k).save(f'{name}/{k}.png')
+        judge = M.Reference(T.Images(f'{root}/data', 32))
+        assert judge.measure(*reversed(judge.prompts(20)))['accuracy'] > 0.8     # real ones get their own class
         folder, ask = f'{root}/out', ['sample.py', '--ckpt', f'{root}/out/distill.pt', '--n=2']
         for script in TINY:
             must_run(script, f'--out_dir={folder}', f'--data={root}/data', '--steps=5')
@@ -1048,6 +1123,13 @@ def test_every_stage_runs_in_float32_and_in_bfloat16():
     tokenizer, z = small_tokenizer(), torch.randn(2, 16, 4)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(tokenizer.nearest(z), tokenizer.double().nearest(z.double()))
+
+def test_gradients_are_averaged_then_clipped():
+    for clip, moved in ((1.0, [-0.6, 0.0, -0.8]), (0.0, [-3.0, 0.0, -4.0])):     # 0: no limit
+        p = torch.nn.Parameter(torch.zeros(3))
+        p.grad = torch.tensor([6.0, 0.0, 8.0])                                   # the sum of two micro-batches
+        assert T.apply_gradients([p], [torch.optim.SGD([p], 1.0)], 2, clip) == 5
+        assert torch.allclose(p.data, torch.tensor(moved), atol=1e-4)
 
 def test_two_processes_give_the_gradient_of_one():
     def gradients(script, folder, processes):
@@ -1435,6 +1517,15 @@ def test_inception_score_of_uniform_is_1_and_of_balanced_one_hots_is_the_number_
     assert sample.inception_score(F.one_hot(labels.sort().values, 8).float(), 1000) < 1.01   # why the order is random
     assert torch.bincount(labels).eq(1000).all() and not torch.equal(labels[:8], torch.arange(8))
 
+def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 4, 4, 3), dtype=np.uint8)
+    network = lambda x: (x.float().mean((2, 3)), torch.ones(len(x), 2) / 2)
+    one = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2) / 127.5 - 1
+    decoder = mock.Mock(batch=9, decode=lambda tokens: one.expand(len(tokens), -1, -1, -1))
+    row = sample.inception_metrics(lambda cond, rngs: cond, decoder, torch.arange(12), network,
+                                   dict(mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels), 0, 5, 'cpu')
+    assert row['precision'] == 1 and row['recall'] == 0
+
 class Inception(torch.nn.Module):
     """A stand-in with the signature of the published TorchScript network."""
     def __init__(self):
@@ -1532,7 +1623,7 @@ def test_a_published_teacher_is_asked_for_politely():
 
 RED = 'a red circle'
 TINY_REWARD = [*OFTEN, '--steps=8', '--n_eval=20', '--n_reference=100', '--teacher_steps=2', '--reward_steps=3',
-               '--reward_batch=16', '--patience=0']
+               '--reward_batch=16', '--patience=9']
 
 def tiny_rewards(root):
     """A file with two untrained reward models."""
@@ -1609,6 +1700,35 @@ def test_reward_run_ends_with_its_tables_log_and_pictures():
     assert all(keys <= set(json.loads(line)) for line in open(f'{folder}/reward.log.jsonl'))
     assert all(os.path.exists(f'{folder}/reward{k}.png') for k in ('', '-000000', '-000008'))
     must_run('sample.py', '--ckpt', f'{folder}/reward.pt', '--n=2')
+    first, before, end = (torch.load(f'{folder}/{name}.pt') for name in ('distill', 'reward.prev', 'reward'))
+    held, averages = [h['held_out'] for h in end['history']], [first['ema'], before['average'], end['average']]
+    same(end['ema'], averages[held.index(max(held))])                        # the best by the held-out reward
+
+def test_rewards_are_ramped_in_limited_and_added_to_the_surrogate():
+    with tempfile.TemporaryDirectory() as root:
+        for name in ('tokenizer', 'model', 'distill', 'rewards'):
+            os.link(f'{reward_run()[0]}/{name}.pt', f'{root}/{name}.pt')
+        inner, kept = inside('reward.py', *TINY_REWARD, '--steps=1', f'--out_dir={root}'), []
+        fixed = dict(rng_for=lambda *_: torch.Generator().manual_seed(0), finish=lambda k: torch.zeros(()), steps=8)
+        for step in (0, 3):                                                      # the weight rises over the ramp
+            with mock.patch.dict(inner, fixed, step=step, ramp=1.0, image_clip=1e-4):
+                kept.append(inner['update']()[0]['grad_reward'])
+        assert torch.isclose(4 * kept[0], kept[1]) and inner['generator'].pos_emb.grad[:, :64].norm() < 1.01e-4
+        with mock.patch.dict(inner, fixed, dimo_grad=lambda z, *_: torch.full_like(z, 2), image_clip=0,
+                             reward_sum=lambda _, x, c: 0 * x.sum((1, 2, 3)),
+                             surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum()):
+            inner['update']()
+        assert (kept[-1] == 2 * reward.w_dimo).all()
+
+def test_reward_models_learn_that_broken_images_show_nothing():
+    source, tokenizer, scores = T.Images('shapes', 32, 64), T.Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval(), []
+    images, captions = source.batch(range(64))
+    for harm in (0.0, 1.0):
+        with mock.patch.multiple(reward, damage=lambda x, y: torch.full((len(x),), harm), reward_steps=15,
+                                 reward_batch=16, n_wrong=1, reward_lr=5e-3):
+            net = reward.train_reward('conv', source, tokenizer, list(T.WORDS), 8, 0, torch.device('cpu'))
+        scores.append(net.score(net.image_features(images), net.text_features(T.word_ids(captions, T.WORDS, 8))).mean())
+    assert scores[0] > -0.8 and scores[1] < -5                               # log P of true captions
 
 def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run():
     with tempfile.TemporaryDirectory() as root:
@@ -1684,6 +1804,15 @@ def test_tteo_writes_its_table_curve_and_grid():
     assert [r['passes'] for r in files[100]['table']] == [1, 9, 9] and files[100]['best_of'][-1]['passes'] == 9
     for a, b in zip(files[2]['trajectory'], files[100]['trajectory']):
         assert abs(a['kept'] - b['kept']) < 1e-3                             # the same images whatever the batch
+    assert abs(files[100]['trajectory'][0]['kept'] - files[100]['best_of'][1]['kept']) < 1e-6  # the better start
+    state = torch.load(f'{folder}/reward.pt')                                # the first draw is what sample.py draws
+    generator, captions = M.MDM(**state['args']), T.draw(T.HELD_OUT + 10 ** 6 + np.arange(5))[1]
+    generator.load_state_dict(state['ema'])
+    with torch.no_grad():
+        logits, _ = M.one_step(generator, T.word_ids(captions, T.WORDS, 8), 0.9, 0.03, rng=M.image_rngs(0, range(5)))
+        images = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(logits.softmax(-1))
+        value = M.world_reward(f'{folder}/rewards.pt', 'clip', 'cpu')(images, captions).mean()
+    assert abs(files[100]['best_of'][0]['kept'] - value) < 1e-4
     ask = ['tteo.py', '--ckpt', f'{folder}/reward.pt']
     must_refuse(*ask, '--prompt', 'a purple circle', words="unknown word 'purple'")
     must_refuse('reward.py', f'--out_dir={folder}', '--w_clip=0', '--reward_steps=3', words='every reward has weight 0')
