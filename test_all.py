@@ -459,6 +459,15 @@ def test_a_new_codebook_has_codes_for_rare_patches():
     for k in range(20):
         assert {round(v) for v in T.spread_out(z, 3, torch.Generator().manual_seed(k))[:, 0].tolist()} == {0, 9, -9}
 
+def test_a_code_that_no_patch_chooses_is_revived_and_no_other():
+    chosen = 'import torch\ntorch.bincount = lambda x, minlength: (torch.arange(minlength) != 3).long()\n'
+    with tempfile.TemporaryDirectory() as root:
+        must_run('tokenizer.py', f'--out_dir={root}', '--lr=0', '--steps=64', '--save_every=45', before=chosen)
+        before, after = (torch.load(f'{root}/tokenizer{k}.pt')['net'] for k in ('.prev', ''))    # steps 45 and 64
+    moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
+    assert moved.nonzero().tolist() == [[3]]
+    same(before, after)
+
 def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment():
     with tempfile.TemporaryDirectory() as root:
         inner = inside('tokenizer.py', '--commitment=0', f'--out_dir={root}')
