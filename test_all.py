@@ -1652,6 +1652,11 @@ def reward_run():
         os.link(f'{tiny_run()[0]}/{name}.pt', f'{folder}/{name}.pt')
     return folder, must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD)
 
+def link_rewarded(folder):
+    """What reward.py reads, its reward models too, into a folder."""
+    for name in ('tokenizer', 'model', 'distill', 'rewards'):
+        os.link(f'{reward_run()[0]}/{name}.pt', f'{folder}/{name}.pt')
+
 def test_a_reward_is_differentiable_caches_its_text_and_rises_on_one_step():
     with tempfile.TemporaryDirectory() as root:
         judge = M.world_reward(tiny_rewards(root), 'clip', 'cpu')
@@ -1715,8 +1720,7 @@ def test_reward_run_ends_with_its_tables_log_and_pictures():
 
 def test_rewards_are_ramped_in_limited_and_added_to_the_surrogate():
     with tempfile.TemporaryDirectory() as root:
-        for name in ('tokenizer', 'model', 'distill', 'rewards'):
-            os.link(f'{reward_run()[0]}/{name}.pt', f'{root}/{name}.pt')
+        link_rewarded(root)
         inner, kept = inside('reward.py', *TINY_REWARD, '--steps=1', f'--out_dir={root}'), []
         fixed = dict(rng_for=lambda *_: torch.Generator().manual_seed(0), finish=lambda k: torch.zeros(()), steps=8)
         for step in (0, 3):                                                      # the weight rises over the ramp
@@ -1741,8 +1745,7 @@ def test_reward_models_learn_that_broken_images_show_nothing():
 
 def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run():
     with tempfile.TemporaryDirectory() as root:
-        for name in ('tokenizer', 'model', 'distill', 'rewards'):
-            os.link(f'{reward_run()[0]}/{name}.pt', f'{root}/{name}.pt')
+        link_rewarded(root)
         must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, '--w_dimo=0', '--warmup=0')
         start, end = (torch.load(f'{root}/{stage}.pt') for stage in ('distill', 'reward'))
         cond, means = start['prompts'][:200].long(), []
@@ -1763,8 +1766,7 @@ def test_reward_killed_or_interrupted_and_resumed_equals_an_uninterrupted_run_bi
     whole = reward_run()[0]
     for how, code in (('SIGKILL', -signal.SIGKILL), ('SIGINT', 0)):
         with tempfile.TemporaryDirectory() as folder:
-            for name in ('tokenizer', 'model', 'distill', 'rewards'):
-                os.link(f'{whole}/{name}.pt', f'{folder}/{name}.pt')
+            link_rewarded(folder)
             deadly = KILL.format(call='torch.optim.AdamW.step', nth=random.randint(9, 15), signal=how)
             found, text = run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=deadly)
             assert found == code, text[-1500:]
