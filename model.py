@@ -751,13 +751,8 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
 def cached(features):
     """Remember the text features (1, ...) = features([prompt]) of every prompt: prompts -> (B, ...). One at a time, as
     the last bits of a matrix product depend on its batch, and a resumed run meets the prompts in another order."""
-    known = {}
-    def look_up(prompts):
-        for p in set(prompts) - known.keys():
-            with torch.no_grad():
-                known[p] = features([p])[0]
-        return torch.stack([known[p] for p in prompts])
-    return look_up
+    known = functools.cache(torch.no_grad()(lambda prompt: features([prompt])[0]))
+    return lambda prompts: torch.stack([known(p) for p in prompts])
 
 
 def reward_sum(rewards, images, prompts):
