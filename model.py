@@ -969,13 +969,13 @@ if __name__ == '__main__':
     average = MDM(**net.config).to(device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
     optimizers = make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay)
-    step, stop = 0, Stop()
+    step, stop, smooth = 0, Stop(), torch.zeros((), device=device)
     if resume:
         state = load_resumed(out, 'model', config)
         restore(net, state['net'], out, 'net')
         restore(average, state['ema'], out, 'ema')
         restore_optimizers(optimizers, state['optimizers'], out)
-        step = state['step']
+        step, smooth = state['step'], state['smooth'].to(device)
     forward = torch.compile(net) if compile else net
     if rank == 0:
         log = Log(out, step) if not bench else None
@@ -1003,7 +1003,6 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    smooth = torch.zeros((), device=device) if not resume else state['smooth'].to(device)
     bar = progress(steps, 'teacher', step)
     while True:
         # Save, show, stop
