@@ -394,11 +394,8 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
     tokenizer's weights, so a stale cache is never used."""
     key = json.dumps([*images.key(), bool(flips), tokenizer.digest()])
     path = os.path.join(folder, f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy')
-    missing, rank, world = not os.path.exists(path), 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-        dist.barrier()
-    if missing:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not os.path.exists(path):                                 # for all alike: it appears once all have met below
         part, new = path + '.partial', path + '.tmp'
         copies, width = 1 + flips, tokenizer.N + images.caption_length
         kind = np.min_scalar_type(-max(tokenizer.V, len(images.words) + 1))              # the smallest signed type
