@@ -432,10 +432,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
             if len(keep) < images.length:
                 print(f'{images.length - len(keep)} of {images.length} files were skipped')
             with writing(path), open(new, 'wb') as file:
-                np.lib.format.write_array_header_1_0(file, dict(
-                    descr=kind.str, fortran_order=False, shape=(len(keep) * copies, width)))
-                for some in np.array_split(keep, -(-len(keep) // 65536)):
-                    file.write(table[some, :-1].tobytes())
+                np.save(file, table[keep, :-1].reshape(-1, width))
             os.replace(new, path)
             os.remove(part)
         if world > 1:
