@@ -452,7 +452,7 @@ class ResBlock(nn.Module):
     """Two convolutions with a residual; `plain` (MaskBit): they have no bias, and where channels change the shortcut
     acts on the *output* of the second, so that the input does not reach the sum."""
 
-    def __init__(self, c_in, c_out, groups, plain=False):
+    def __init__(self, c_in, c_out, groups, plain):
         super().__init__()
         self.late = plain and c_in != c_out
         self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps=1e-6) for c in (c_in, c_out))
@@ -485,7 +485,7 @@ class Level(nn.Module):
     """n residual blocks from c_in to c channels, those numbered in `attend` followed by attention, then perhaps a
     convolution that changes the resolution."""
 
-    def __init__(self, c_in, c, n, groups, plain=False, attend=(), resample=''):
+    def __init__(self, c_in, c, n, groups, plain, attend, resample=''):
         super().__init__()
         self.block = nn.ModuleList([ResBlock(c if k else c_in, c, groups, plain) for k in range(n)])
         self.attn = nn.ModuleList([Attention(c, groups) if k in attend else nn.Identity() for k in range(n)])
@@ -504,32 +504,6 @@ class Level(nn.Module):
         return h
 
 
-def encoder(ch, widths, n_res, z, groups, plain, attend, mid):
-    """Images (B, 3, H, W) -> (B, z, grid, grid), a level for each of `widths`; `attend` names those with attention."""
-    last, blocks = len(widths) - 1, range(n_res)
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(3, ch, 3, padding=1, bias=not plain),
-        down=nn.Sequential(*(Level(c_in, c, n_res, groups, plain, blocks if str(i) in attend else (),
-                                   'down' if i < last else '')
-                             for i, (c_in, c) in enumerate(zip([ch, *widths], widths)))),
-        mid=Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ()),
-        norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], z, 1 if plain else 3, padding=0 if plain else 1)))
-
-
-def decoder(widths, n_res, z, groups, plain, attend, mid):
-    """(B, z, grid, grid) -> images (B, 3, H, W). Levels stand in running order, the deepest first."""
-    last, blocks = len(widths) - 1, range(n_res)
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(z, widths[-1], 3, padding=1),
-        mid=Level(widths[-1], widths[-1], mid, groups, plain, [0] if 'mid' in attend else ()),
-        up=nn.Sequential(*(Level(widths[min(i + 1, last)], widths[i], n_res, groups, plain,
-                                 blocks if str(i) in attend else (), 'up' if i else '')
-                           for i in range(last, -1, -1))),
-        norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
-
-
 class Tokenizer(nn.Module):
     """Autoencoder: images (B, 3, H, W) in [-1, 1] <-> ids (B, N), N = S * grid * grid, row by row.
 
@@ -545,14 +519,24 @@ class Tokenizer(nn.Module):
         self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
                            code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
         widths, attend = [ch * int(m) for m in ch_mult.split(',')], attention.split(',')
-        if image_size < 1 or image_size % 2 ** (len(widths) - 1):
-            raise ValueError(f'image_size {image_size} is not a multiple of {2 ** (len(widths) - 1)}, which the '
+        last, top = len(widths) - 1, widths[-1]
+        if image_size < 1 or image_size % 2 ** last:
+            raise ValueError(f'image_size {image_size} is not a multiple of {2 ** last}, which the '
                              f'{len(widths)} levels of ch_mult {ch_mult} need')
-        groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or widths[-1], S > 0
-        self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** (len(widths) - 1), None
+        groups, z, plain = groups or min(32, ch // 2), S * code_dim or z or top, S > 0
+        self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // 2 ** last, None
         self.N = self.S * self.grid ** 2
         self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))  # images that fit one pass: 32 at 256x256
-        self.encoder = encoder(ch, widths, n_res, z, groups, plain, attend, mid)
+        level = lambda i, c_in, c, n, resample: Level(c_in, c, n, groups, plain, range(n) if str(i) in attend else (),
+                                                      resample)
+        middle = lambda: Level(top, top, mid, groups, plain, [0] if 'mid' in attend else ())
+        self.encoder = nn.Sequential(OrderedDict(                # images (B, 3, H, W) -> (B, z, grid, grid)
+            conv_in=nn.Conv2d(3, ch, 3, padding=1, bias=not plain),
+            down=nn.Sequential(*(level(i, c_in, c, n_res, 'down' if i < last else '')
+                                 for i, (c_in, c) in enumerate(zip([ch, *widths], widths)))),
+            mid=middle(),
+            norm_out=nn.GroupNorm(groups, top, eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(top, z, 1 if plain else 3, padding=0 if plain else 1)))
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))                            # (V, code_dim)
             self.quant_conv = self.post_quant_conv = nn.Identity()
@@ -560,7 +544,13 @@ class Tokenizer(nn.Module):
             self.quant_conv = nn.Conv2d(z, code_dim, 1)
             self.codebook = nn.Embedding(n_codes, code_dim)
             self.post_quant_conv = nn.Conv2d(code_dim, z, 1)
-        self.decoder = decoder(widths, up or n_res, z, groups, plain, attend, mid)
+        self.decoder = nn.Sequential(OrderedDict(                # (B, z, grid, grid) -> images, deepest level first
+            conv_in=nn.Conv2d(z, top, 3, padding=1),
+            mid=middle(),
+            up=nn.Sequential(*(level(i, widths[min(i + 1, last)], widths[i], up or n_res, 'up' if i else '')
+                               for i in range(last, -1, -1))),
+            norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
 
     @property
     def table(self):
