@@ -165,13 +165,12 @@ def parse_caption(caption):
         number, color, shape, _ = match.groups()
         counted |= number != 'a'
         objects += [(color, '' if shape == 'shape' else shape)] * NUMBERS.get(number, 1)
-    if counted and len(objects) != NUMBERS.get(caption.split()[0].lower()):
+    if counted and len(phrases) > 1:
         raise ValueError(f'{caption!r} is outside the grammar: a number stands alone, as in "three green squares"')
-    if len(objects) == 1:
-        task = 'colors' if objects[0][0] else 'single_object'
-    else:
-        task = ('position' if relation else 'counting' if counted
-                else 'color_attr' if all(c for c, _ in objects) else 'two_object')
+    colored = all(color for color, _ in objects)
+    task = ('position' if relation else 'counting' if counted else
+            ('color_attr' if colored else 'two_object') if len(objects) > 1 else
+            'colors' if colored else 'single_object')
     return task, objects, relation
 
 
