@@ -182,11 +182,10 @@ def look(images):
     rgb = (small.permute(0, 2, 3, 1).numpy() + 1) * 127.5
     nearest = ((rgb[:, :, :, None] - PALETTE) ** 2).sum(-1).argmin(-1)                     # (B, 32, 32) palette index
     ground = np.stack([(nearest == len(COLORS) + k).sum((1, 2)) for k in range(len(BACKGROUNDS))], 1).argmax(1)
-    flat = np.zeros((3, 3, 3), dtype=int)
-    flat[1] = ndimage.generate_binary_structure(2, 1)                                     # never connect two images
-    label, count = ndimage.label(nearest < len(COLORS), structure=flat)
-    sizes = np.bincount(label.ravel(), minlength=count + 1)
-    boxes = [(k + 1, b) for k, b in enumerate(ndimage.find_objects(label)) if sizes[k + 1] >= 8]  # smaller: specks
+    flat = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))  # never connect two images
+    label, _ = ndimage.label(nearest < len(COLORS), structure=flat)
+    sizes = np.bincount(label.ravel())
+    boxes = [(i, b) for i, b in enumerate(ndimage.find_objects(label), 1) if sizes[i] >= 8]  # smaller: specks
     seen = np.zeros((4, len(boxes)), dtype=int)                                           # image, color, row, column
     padded = np.pad(label, ((0, 0), (CELL, CELL), (CELL, CELL)))
     crops = np.zeros((len(boxes), CELL, CELL), dtype=np.float32)
