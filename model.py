@@ -197,7 +197,7 @@ class MDM(nn.Module):
         FileNotFoundError, one line."""
         if kind not in PUBLISHED:
             raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
-        if isinstance(path, str) and path == 'random':
+        if path == 'random':
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return cls(**PUBLISHED[kind]).eval()
@@ -382,7 +382,7 @@ def reveal_counts(steps, N):
     """MaskGIT's arccos schedule: how many tokens each of the sampling steps reveals, at least 1, N in all."""
     if not 1 <= steps <= N:
         raise ValueError(f'steps must lie in 1..{N} (the number of tokens), got {steps}')
-    v = torch.arccos(1 - torch.arange(steps) / max(1, steps - 1)) / (math.pi / 2) if steps > 1 else torch.ones(1)
+    v = torch.arccos(1 - torch.arange(steps) / (steps - 1)) / (math.pi / 2) if steps > 1 else torch.ones(1)
     counts = (v / v.sum() * N).round().clamp(min=1).long().tolist()
     counts[-1] += N - sum(counts)
     while counts[-1] < 1:                                                    # only with nearly as many steps as tokens
@@ -657,7 +657,7 @@ class Reference:
             self.name = f'{n} held-out renders'
         else:
             order = np.random.RandomState(0).permutation(source.length)
-            index, self.rest = order[::2][:n], order[1::2] if source.length > 1 else order
+            index, self.rest = order[::2][:n], order[1::2]
             self.name = f'{len(index)} images of {source.data}'
         features, self.captions = [], []
         for part in np.array_split(index, -(-len(index) // 500)):            # 5,000 ImageNet images would be 4 GB

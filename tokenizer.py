@@ -638,7 +638,7 @@ class Tokenizer(nn.Module):
         FileNotFoundError, one line."""
         if kind not in PUBLISHED:
             raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(PUBLISHED)}')
-        if isinstance(path, str) and path == 'random':
+        if path == 'random':
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 tokenizer = cls(**PUBLISHED[kind])
@@ -791,7 +791,7 @@ def start_processes():
     device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))  # rank 0 may train a teacher
     can = getattr(torch.cpu, 'get_capabilities', dict)()                                 # from torch 2.11 on
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bool(can.get('avx512_bf16'))
@@ -884,7 +884,7 @@ class Stop:
 
 
 def previous(path):
-    return f'{os.path.splitext(path)[0]}.prev{os.path.splitext(path)[1]}'
+    return '.prev'.join(os.path.splitext(path))
 
 
 @contextlib.contextmanager
@@ -1016,7 +1016,7 @@ def fill(network, weights, rename, name):
     Raises ValueError naming the first key that does not fit."""
     wanted = {key: rename(key) for key in network.state_dict()}
     for key, value in network.state_dict().items():
-        shape_of(weights, name, f'{type(network).__name__}', wanted[key], *value.shape)
+        shape_of(weights, name, type(network).__name__, wanted[key], *value.shape)
     extra = sorted(weights.keys() - wanted.values())
     if extra:
         raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
@@ -1151,7 +1151,7 @@ if __name__ == '__main__':
               f'tokens of {n_codes} codes, {steps} updates of {batch_size} = {world} x {accumulate} x {micro}')
     base = HELD_OUT if images.is_world else 0
     spread = lambda n: base + np.linspace(0, images.length - 1, min(n, images.length)).astype(int)  # over all classes
-    fixed, captions = images.batch(spread(32))
+    fixed, _ = images.batch(spread(32))
 
     def update():
         """One training step: gradients over the micro-batches, clip, AdamW. -> (mean |error|, vq loss, grad norm)"""
