@@ -393,6 +393,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
     key = json.dumps([*images.key(), bool(flips), tokenizer.digest()])
     path = os.path.join(folder, f'tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy')
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    meet = dist.barrier if world > 1 else lambda: None
     if not os.path.exists(path):                                 # for all alike: it appears once all have met below
         part, new = path + '.partial', path + '.tmp'
         copies, width = 1 + flips, tokenizer.N + images.caption_length
@@ -401,8 +402,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
             with writing(path):
                 np.lib.format.open_memmap(new, 'w+', kind, (images.length, copies * width + 1)).flush()
                 os.replace(new, part)
-        if world > 1:
-            dist.barrier()
+        meet()
         table = np.load(part, mmap_mode='r')
         bar = progress(images.length, 'encoding images')
         for start in range(rank * batch, images.length, world * batch):
@@ -422,8 +422,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
                 file.seek(table.offset + start * rows[0].nbytes)
                 file.write(rows.tobytes())
         bar.close()
-        if world > 1:
-            dist.barrier()
+        meet()
         if rank == 0:
             table = np.load(part, mmap_mode='r')
             keep = np.flatnonzero(table[:, -1] == 1)
@@ -433,8 +432,7 @@ def token_data(images, tokenizer, folder, device, batch=256, flips=False):
                 np.save(file, table[keep, :-1].reshape(-1, width))
             os.replace(new, path)
             os.remove(part)
-        if world > 1:
-            dist.barrier()
+        meet()
     return np.load(path, mmap_mode='r')
 
 
