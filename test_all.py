@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import runpy
@@ -129,8 +130,8 @@ def tiny_run():
     return folder, {script: must_run(script, f'--out_dir={folder}') for script in TINY}
 
 def ready_for(script, folder):
-    """A new folder with the files of the tiny run that `script` needs (they are replaced, never changed)."""
-    os.makedirs(folder)
+    """A folder with the files of the tiny run that `script` needs (they are replaced, never changed)."""
+    os.makedirs(folder, exist_ok=True)
     for path in [path for name in INPUTS[script] for path in glob.glob(f'{tiny_run()[0]}/{name}')]:
         os.link(path, f'{folder}/{os.path.basename(path)}')
     return folder
@@ -217,7 +218,6 @@ def test_help_prints_the_block():
             assert end.code == 0
         assert f'python {script.__name__}.py' in text.getvalue() and 'seed = 0     ' in text.getvalue()
 
-
 def test_batch_must_divide():
     assert T.split_batch(32, 0, 2) == (16, 1) and T.split_batch(32, 8, 2) == (8, 2)
     exits_with(lambda: T.split_batch(100, 16, 8),
@@ -245,7 +245,6 @@ def test_drawing_10000_images_takes_seconds():
     assert seconds < 30 and images.shape == (10_000, 3, 32, 32) and images.abs().max() <= 1
     assert set(' '.join(captions).split()) == set(T.WORDS)                   # none is unknown, none is unused
     assert max(len(c.split()) for c in captions) == T.CAPTION_LENGTH
-
 
 def test_checker_accepts_real_images_and_rejects_wrong_ones():
     images, captions = T.draw(range(T.HELD_OUT, T.HELD_OUT + 3000))
@@ -359,70 +358,65 @@ def picture_folder(root):
     open(f'{root}/dog/notes.txt', 'w').write('not an image')
     os.symlink(f'{root}/nowhere.png', f'{root}/dog/dead_link.png')             # not even a file
 
-def test_folder_reads_every_mode():
-    with tempfile.TemporaryDirectory() as root:
-        picture_folder(root)
-        images = T.Images(root, 16)
-        assert images.words == ('cat', 'dog') and images.length == 14 and images.caption_length == 1
-        printed(lambda: images.batch(range(14)))                               # finds the bad ones
-        pixels, captions = images.batch([i for i in range(14) if images.files[i][0] not in images.bad])
-        assert pixels.shape == (12, 3, 16, 16) and captions.count('cat') == 6
-        assert images.batch(range(14))[0].shape == (14, 3, 16, 16)           # bad files replaced by good ones
-        names = ('cat/grey', 'dog/grey16', 'dog/alpha')
-        grey, grey16, alpha = (T.read_image(f'{root}/{name}.png', 16) for name in names)
-        assert (grey == grey16).all() and np.ptp(grey) > 20 and grey.shape == (16, 16, 3)
-        assert (alpha == 255).all()                                            # fully transparent shows white
+def test_folder_reads_every_mode(tmp_path):
+    picture_folder(tmp_path)
+    images = T.Images(tmp_path, 16)
+    assert images.words == ('cat', 'dog') and images.length == 14 and images.caption_length == 1
+    printed(lambda: images.batch(range(14)))                               # finds the bad ones
+    pixels, captions = images.batch([i for i in range(14) if images.files[i][0] not in images.bad])
+    assert pixels.shape == (12, 3, 16, 16) and captions.count('cat') == 6
+    assert images.batch(range(14))[0].shape == (14, 3, 16, 16)           # bad files replaced by good ones
+    names = ('cat/grey', 'dog/grey16', 'dog/alpha')
+    grey, grey16, alpha = (T.read_image(f'{tmp_path}/{name}.png', 16) for name in names)
+    assert (grey == grey16).all() and np.ptp(grey) > 20 and grey.shape == (16, 16, 3)
+    assert (alpha == 255).all()                                            # fully transparent shows white
 
-def test_bad_files_are_named_skipped_and_counted():
-    with tempfile.TemporaryDirectory() as root:
-        picture_folder(f'{root}/data')
-        images = T.Images(f'{root}/data', 16)
-        text = printed(lambda: T.token_data(images, small_tokenizer(), root, torch.device('cpu')))
-        assert [os.path.basename(p) for p in images.bad] == ['truncated.png', 'notes.txt']
-        assert all(f'skipped {path}: ' in text for path in images.bad) and '2 of 14 files were' in text
+def test_bad_files_are_named_skipped_and_counted(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    images = T.Images(f'{tmp_path}/data', 16)
+    text = printed(lambda: T.token_data(images, small_tokenizer(), tmp_path, torch.device('cpu')))
+    assert [os.path.basename(p) for p in images.bad] == ['truncated.png', 'notes.txt']
+    assert all(f'skipped {path}: ' in text for path in images.bad) and '2 of 14 files were' in text
 
-def test_folder_problems_are_explained():
-    with tempfile.TemporaryDirectory() as root:
-        exits_with(lambda: T.Images(f'{root}/nowhere', 32), 'no such folder', "'shapes'")
-        exits_with(lambda: T.Images(root, 32), 'no files found', 'sub-folders')
-        for k in range(8):
-            exits_with(lambda: T.Images(root, 32), 'expected at least 8')
-            open(f'{root}/{k}.txt', 'w').write('x')
-        assert 'single class' in printed(lambda: T.Images(root, 32))           # a flat folder is one class
-        exits_with(lambda: printed(lambda: T.Images(root, 32).batch([0])), 'not one of its 8 files')
-        exits_with(lambda: T.Images('shapes', 48), 'multiples of 32 pixels, not 48', '--image_size=64')
-        exits_with(lambda: T.Images('shapes', 32, expected=['cat']), 'the model knows 1 (cat')
-        for k in ('10', '9', 'b', 'empty'):
-            os.makedirs(f'{root}/{k}')
-            for i in range(4 * (k != 'empty')):
-                open(f'{root}/{k}/{i}', 'w').write('x')
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            assert T.Images(root, 32).words == ('9', '10', 'b')                # numbers by value, then names
-        assert '8 files' in text.getvalue() and 'left out' in text.getvalue()
+def test_folder_problems_are_explained(tmp_path):
+    exits_with(lambda: T.Images(f'{tmp_path}/nowhere', 32), 'no such folder', "'shapes'")
+    exits_with(lambda: T.Images(tmp_path, 32), 'no files found', 'sub-folders')
+    for k in range(8):
+        exits_with(lambda: T.Images(tmp_path, 32), 'expected at least 8')
+        open(f'{tmp_path}/{k}.txt', 'w').write('x')
+    assert 'single class' in printed(lambda: T.Images(tmp_path, 32))           # a flat folder is one class
+    exits_with(lambda: printed(lambda: T.Images(tmp_path, 32).batch([0])), 'not one of its 8 files')
+    exits_with(lambda: T.Images('shapes', 48), 'multiples of 32 pixels, not 48', '--image_size=64')
+    exits_with(lambda: T.Images('shapes', 32, expected=['cat']), 'the model knows 1 (cat')
+    for k in ('10', '9', 'b', 'empty'):
+        os.makedirs(f'{tmp_path}/{k}')
+        for i in range(4 * (k != 'empty')):
+            open(f'{tmp_path}/{k}/{i}', 'w').write('x')
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert T.Images(tmp_path, 32).words == ('9', '10', 'b')                # numbers by value, then names
+    assert '8 files' in text.getvalue() and 'left out' in text.getvalue()
 
-def test_deep_grey_images_keep_their_range():
+def test_deep_grey_images_keep_their_range(tmp_path):
     grey = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    with tempfile.TemporaryDirectory() as root:
-        seen = []
-        for k, pixels in enumerate((grey, grey * 255, (grey * 255).astype(np.int32), (grey * 65535).astype(np.int32))):
-            Image.fromarray(pixels).save(f'{root}/{k}.tif')
-            seen.append(T.read_image(f'{root}/{k}.tif', 8)[..., 0].astype(int))
-        assert all(abs(x - grey * 255).max() <= 1.5 for x in seen)
+    seen = []
+    for k, pixels in enumerate((grey, grey * 255, (grey * 255).astype(np.int32), (grey * 65535).astype(np.int32))):
+        Image.fromarray(pixels).save(f'{tmp_path}/{k}.tif')
+        seen.append(T.read_image(f'{tmp_path}/{k}.tif', 8)[..., 0].astype(int))
+    assert all(abs(x - grey * 255).max() <= 1.5 for x in seen)
 
-def test_token_cache_is_never_stale():
-    with tempfile.TemporaryDirectory() as root:
-        picture_folder(f'{root}/data')
-        tokenizer, device = small_tokenizer(), torch.device('cpu')
-        def rows_and_caches():
-            tokens = T.token_data(T.Images(f'{root}/data', 16), tokenizer, root, device)
-            assert isinstance(tokens, np.memmap) and tokens.shape[1] == 17
-            return len(tokens), len(glob.glob(f'{root}/tokens-*.npy'))
-        assert rows_and_caches() == (12, 1) == rows_and_caches()               # used again
-        Image.new('RGB', (20, 20), 'red').save(f'{root}/data/dog/new.png')
-        assert rows_and_caches() == (13, 2)
-        tokenizer.codebook.weight.data += 1
-        assert rows_and_caches() == (13, 3)
-        assert len(T.token_data(T.Images(f'{root}/data', 16), tokenizer, root, device, flips=True)) == 26
+def test_token_cache_is_never_stale(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    tokenizer, device = small_tokenizer(), torch.device('cpu')
+    def rows_and_caches():
+        tokens = T.token_data(T.Images(f'{tmp_path}/data', 16), tokenizer, tmp_path, device)
+        assert isinstance(tokens, np.memmap) and tokens.shape[1] == 17
+        return len(tokens), len(glob.glob(f'{tmp_path}/tokens-*.npy'))
+    assert rows_and_caches() == (12, 1) == rows_and_caches()               # used again
+    Image.new('RGB', (20, 20), 'red').save(f'{tmp_path}/data/dog/new.png')
+    assert rows_and_caches() == (13, 2)
+    tokenizer.codebook.weight.data += 1
+    assert rows_and_caches() == (13, 3)
+    assert len(T.token_data(T.Images(f'{tmp_path}/data', 16), tokenizer, tmp_path, device, flips=True)) == 26
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +429,6 @@ def test_soft_decode_of_one_hot_is_the_hard_decode():
     assert torch.equal(hard, soft) and hard.shape == (3, 3, 16, 16)
     assert tokenizer.encode(hard).shape == (3, 16)
     exits_with(lambda: tokenizer.decode(torch.zeros(1, 16, 11)), '(B, 16, 12)')
-
 
 def test_straight_through_passes_the_decoder_gradient_to_the_encoder():
     tokenizer, images = small_tokenizer(), torch.rand(2, 3, 16, 16) * 2 - 1
@@ -459,22 +452,20 @@ def test_a_new_codebook_has_codes_for_rare_patches():
     for k in range(20):
         assert {round(v) for v in T.spread_out(z, 3, torch.Generator().manual_seed(k))[:, 0].tolist()} == {0, 9, -9}
 
-def test_a_code_that_no_patch_chooses_is_revived_and_no_other():
+def test_a_code_that_no_patch_chooses_is_revived_and_no_other(tmp_path):
     chosen = 'import torch\ntorch.bincount = lambda x, minlength: (torch.arange(minlength) != 3).long()\n'
-    with tempfile.TemporaryDirectory() as root:
-        must_run('tokenizer.py', f'--out_dir={root}', '--lr=0', '--steps=64', '--save_every=45', before=chosen)
-        before, after = (torch.load(f'{root}/tokenizer{k}.pt')['net'] for k in ('.prev', ''))    # steps 45 and 64
+    must_run('tokenizer.py', f'--out_dir={tmp_path}', '--lr=0', '--steps=64', '--save_every=45', before=chosen)
+    before, after = (torch.load(f'{tmp_path}/tokenizer{k}.pt')['net'] for k in ('.prev', ''))    # steps 45 and 64
     moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
     assert moved.nonzero().tolist() == [[3]]
     same(before, after)
 
-def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment():
-    with tempfile.TemporaryDirectory() as root:
-        inner = inside('tokenizer.py', '--commitment=0', f'--out_dir={root}')
-        with mock.patch.dict(inner, draw=mock.Mock(wraps=inner['draw'])):
-            inner['update']()
-            assert 0 <= min(inner['draw'].call_args.args[0]) <= max(inner['draw'].call_args.args[0]) < T.HELD_OUT
-        assert inner['net'].codebook.weight.grad.abs().max() > 0             # the codebook's own term has no weight
+def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment(tmp_path):
+    inner = inside('tokenizer.py', '--commitment=0', f'--out_dir={tmp_path}')
+    with mock.patch.dict(inner, draw=mock.Mock(wraps=inner['draw'])):
+        inner['update']()
+        assert 0 <= min(inner['draw'].call_args.args[0]) <= max(inner['draw'].call_args.args[0]) < T.HELD_OUT
+    assert inner['net'].codebook.weight.grad.abs().max() > 0             # the codebook's own term has no weight
 
 
 # -----------------------------------------------------------------------------
@@ -495,7 +486,6 @@ def test_soft_embedding_is_the_expectation():
     probs = torch.randn(2, 16, 12, dtype=torch.float64).softmax(-1)
     brute = sum(probs[..., v:v + 1] * model.embed(torch.full((2, 16), v)) for v in range(12))
     assert torch.allclose(model.embed(probs), brute, atol=1e-12)
-
 
 def test_soft_gradients_match_finite_differences():
     model, tokenizer = small_model().double(), small_tokenizer().double()
@@ -518,7 +508,6 @@ def test_forward_takes_ids_probabilities_and_embeddings():
     for layers in ([0, 3], []):
         exits_with(lambda: model.features(model.embed(ids), cond, layers), 'some of the blocks 1 to 2')
     exits_with(lambda: model.embed(ids[:, :9]), 'expects ids (B, 16), got (2, 9)')
-
 
 def test_noise_has_the_stated_variance():
     model, seen = small_model(N=4096, T=1, depth=1), []
@@ -670,7 +659,6 @@ def test_divergence_is_the_two_kls_at_beta_0_and_1():
     for beta, kl in ((0.0, scipy.stats.entropy(p, q, axis=-1)), (1.0, scipy.stats.entropy(q, p, axis=-1))):
         brute = torch.from_numpy(kl * mask.numpy()).sum(-1)
         assert torch.allclose(M.jeffreys(teacher, aux, mask, beta), brute)
-
 
 def test_surrogate_hands_its_gradient_to_the_logits():
     logits, grad = torch.randn(4, 5, 7, requires_grad=True), torch.randn(4, 5, 7)
@@ -871,19 +859,18 @@ def test_distillation_moves_both_networks_but_not_the_embedding_tables():
         moved = {key for key in teacher if not torch.equal(teacher[key], student[name][key])}
         assert moved == set(teacher) - {'tok_emb.weight', 'cond_emb.weight'}, (name, set(teacher) - moved)
 
-def test_each_update_alone_moves_its_network_the_right_way():
+def test_each_update_alone_moves_its_network_the_right_way(tmp_path):
     rng = lambda: torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as root:
-        folder = ready_for('distill.py', f'{root}/out')
-        networks = {}
-        for part, off in (('net', 'aux'), ('aux', 'generator')):             # train one, keep the other where it starts
-            must_run('distill.py', f'--out_dir={folder}', f'--{off}_lr=0', f'--{off}_muon=0', '--warmup=0',
-                     '--cfg_scale=3', '--tau=0.05', '--steps=20', '--teacher_steps=1')
-            saved = torch.load(f'{folder}/distill.pt')
-            networks[part] = M.MDM(**saved['args'])
-            networks[part].load_state_dict(saved[part])
-        teacher = M.MDM(**saved['args'])
-        teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
+    folder = ready_for('distill.py', tmp_path)
+    networks = {}
+    for part, off in (('net', 'aux'), ('aux', 'generator')):             # train one, keep the other where it starts
+        must_run('distill.py', f'--out_dir={folder}', f'--{off}_lr=0', f'--{off}_muon=0', '--warmup=0',
+                 '--cfg_scale=3', '--tau=0.05', '--steps=20', '--teacher_steps=1')
+        saved = torch.load(f'{folder}/distill.pt')
+        networks[part] = M.MDM(**saved['args'])
+        networks[part].load_state_dict(saved[part])
+    teacher = M.MDM(**saved['args'])
+    teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
     cond = saved['prompts'][:500].long()
     with torch.no_grad():
         draw = lambda net: M.one_step(net, cond, tau=0.05, rng=rng())
@@ -896,16 +883,15 @@ def test_each_update_alone_moves_its_network_the_right_way():
           f'{losses[1]:.4f}')
     assert moved < 0 and losses[1] < losses[0]
 
-def test_the_released_order_gives_the_auxiliary_model_a_draw_of_its_own():
-    with tempfile.TemporaryDirectory() as root:
-        folder, kept = ready_for('distill.py', f'{root}/out'), []
-        inner = inside('distill.py', '--steps=1', '--teacher_steps=1', '--reuse=false', f'--out_dir={folder}')
-        parts = dict(remask=lambda *given: kept.append(M.remask(*given)) or kept[-1],
-                     aux_loss=lambda z, tokens, mask, _: kept.append((tokens, mask)) or M.aux_loss(z, tokens, mask))
-        with mock.patch.dict(inner, parts):
-            inner['update']()
-        (x_t, hidden), (tokens, mask) = kept[-2:]
-        assert len(kept) == 3 and torch.equal(hidden, mask) and torch.equal(x_t[~mask], tokens[~mask])
+def test_the_released_order_gives_the_auxiliary_model_a_draw_of_its_own(tmp_path):
+    folder, kept = ready_for('distill.py', tmp_path), []
+    inner = inside('distill.py', '--steps=1', '--teacher_steps=1', '--reuse=false', f'--out_dir={folder}')
+    parts = dict(remask=lambda *given: kept.append(M.remask(*given)) or kept[-1],
+                 aux_loss=lambda z, tokens, mask, _: kept.append((tokens, mask)) or M.aux_loss(z, tokens, mask))
+    with mock.patch.dict(inner, parts):
+        inner['update']()
+    (x_t, hidden), (tokens, mask) = kept[-2:]
+    assert len(kept) == 3 and torch.equal(hidden, mask) and torch.equal(x_t[~mask], tokens[~mask])
 
 def test_gan_ends_with_its_table_log_and_pictures():
     folder, text = tiny_run()[0], tiny_run()[1]['gan.py']
@@ -918,175 +904,165 @@ def test_gan_ends_with_its_table_log_and_pictures():
     moved = {key for key in after['net'] if not torch.equal(after['net'][key], before['ema'][key])}
     assert moved == set(after['net']) - {'tok_emb.weight', 'cond_emb.weight'}
 
-def test_the_gan_gradient_alone_deceives_a_frozen_discriminator():
-    with tempfile.TemporaryDirectory() as root:
-        folder = ready_for('gan.py', f'{root}/out')
-        must_run('gan.py', f'--out_dir={folder}', '--w_dimo=0', '--disc_lr=0', '--disc_muon=0', '--disc_warmup=0',
-                 '--spectral=false', '--r_max=0', '--warmup=0')
-        start, end = (torch.load(f'{folder}/{stage}.pt') for stage in ('distill', 'gan'))
-        teacher, disc = M.MDM(**start['args']), gan.Discriminator(32, 64, [1, 2], 8 * 32, gan.disc_width, False)
-        teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
-        disc.load_state_dict(end['disc'])
-        cond, losses = start['prompts'][:200].long(), []
-        for weights in (start['ema'], end['net']):
-            generator = M.MDM(**start['args'])
-            generator.load_state_dict(weights)
-            logits, _ = M.one_step(generator, cond, rng=torch.Generator().manual_seed(0))
-            states = teacher.features(teacher.embed(logits.softmax(-1)), cond, [1, 2])
-            d_fake = disc(states, teacher.cond_emb(cond).flatten(1), torch.zeros(200, 1))
-            losses.append(gan.gan_loss(d_fake, False).item())
-        print(f'    -log D(fake) {losses[0]:.5f} -> {losses[1]:.5f}')
-        assert losses[1] < losses[0]
+def test_the_gan_gradient_alone_deceives_a_frozen_discriminator(tmp_path):
+    folder = ready_for('gan.py', tmp_path)
+    must_run('gan.py', f'--out_dir={folder}', '--w_dimo=0', '--disc_lr=0', '--disc_muon=0', '--disc_warmup=0',
+             '--spectral=false', '--r_max=0', '--warmup=0')
+    start, end = (torch.load(f'{folder}/{stage}.pt') for stage in ('distill', 'gan'))
+    teacher, disc = M.MDM(**start['args']), gan.Discriminator(32, 64, [1, 2], 8 * 32, gan.disc_width, False)
+    teacher.load_state_dict(torch.load(f'{folder}/model.pt')['ema'])
+    disc.load_state_dict(end['disc'])
+    cond, losses = start['prompts'][:200].long(), []
+    for weights in (start['ema'], end['net']):
+        generator = M.MDM(**start['args'])
+        generator.load_state_dict(weights)
+        logits, _ = M.one_step(generator, cond, rng=torch.Generator().manual_seed(0))
+        states = teacher.features(teacher.embed(logits.softmax(-1)), cond, [1, 2])
+        d_fake = disc(states, teacher.cond_emb(cond).flatten(1), torch.zeros(200, 1))
+        losses.append(gan.gan_loss(d_fake, False).item())
+    print(f'    -log D(fake) {losses[0]:.5f} -> {losses[1]:.5f}')
+    assert losses[1] < losses[0]
 
-def test_gan_warns_once_of_a_saturated_discriminator_and_of_mere_sharpening():
+def test_gan_warns_once_of_a_saturated_discriminator_and_of_mere_sharpening(tmp_path):
     first = dict(acc_real=0.6, acc_fake=0.6, entropy=0.2, gap=1.0)
     assert gan.advice(first, first) == set() == gan.advice(dict(entropy=0.09, gap=0.9), first)
     (wins,), (sharp,) = (gan.advice({**first, **row}, first) for row in (dict(acc_real=0.95, acc_fake=0.95),
                                                                          dict(entropy=0.09, gap=0.4)))
     assert '--disc_lr' in wins and '--relax=st' in sharp
-    with tempfile.TemporaryDirectory() as root:
-        text = must_run('gan.py', f'--out_dir={ready_for("gan.py", f"{root}/out")}', '--steps=3', '--log_every=1',
-                        '--batch_size=32', '--disc_warmup=150', '--disc_muon=0', '--disc_lr=0.01', '--spectral=false',
-                        '--r_max=0')
-        assert text.count(wins) == 1
+    text = must_run('gan.py', f'--out_dir={ready_for("gan.py", tmp_path)}', '--steps=3', '--log_every=1',
+                    '--batch_size=32', '--disc_warmup=150', '--disc_muon=0', '--disc_lr=0.01', '--spectral=false',
+                    '--r_max=0')
+    assert text.count(wins) == 1
 
-def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses():
-    with tempfile.TemporaryDirectory() as root:
-        nets = []
-        for switch in ('false', 'true'):
-            folder = ready_for('gan.py', f'{root}/{switch}')
-            must_run('gan.py', f'--out_dir={folder}', '--steps=4', '--hinge', f'--grad_checkpoint={switch}')
-            nets.append(torch.load(f'{folder}/gan.pt')['net'])
-        same(*nets)
+def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses(tmp_path):
+    nets = []
+    for switch in ('false', 'true'):
+        folder = ready_for('gan.py', f'{tmp_path}/{switch}')
+        must_run('gan.py', f'--out_dir={folder}', '--steps=4', '--hinge', f'--grad_checkpoint={switch}')
+        nets.append(torch.load(f'{folder}/gan.pt')['net'])
+    same(*nets)
 
-def test_a_gan_run_adds_up_its_gradients_masks_alike_and_leaves_none_in_its_teacher():
-    with tempfile.TemporaryDirectory() as root:
-        folder, kept, real = ready_for('gan.py', f'{root}/out'), [], torch.randint(32, (8, 64))
-        inner = inside('gan.py', '--steps=2', f'--out_dir={folder}')
-        same(dict(inner['teacher'].state_dict()), torch.load(f'{folder}/model.pt')['ema'])
-        assert all(p.grad is None for p in inner['teacher'].parameters())
-        assert all(p.grad.abs().max() > 0 for p in inner['disc'].heads[0].enter.parameters())
-        parts = dict(relaxed=lambda z, *_: kept.append(z) or M.relaxed(z), gan_loss=lambda *_: kept[0].mean(0).sum(),
-                     dimo_grad=lambda z, *_: torch.full_like(z, 2),
-                     surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum())
-        with mock.patch.dict(inner, parts):                                      # gradients of 1 and 2 per image
-            inner['update']()
-        assert torch.allclose(kept[1], torch.full_like(kept[1], gan.w_gan + 2 * gan.w_dimo))
-        with mock.patch.dict(inner, relaxed=lambda z, *_: z):                    # a fake that is real: the same masks
-            states, _, r, _ = inner['discriminate'](real, torch.zeros(8, 8).long(), F.one_hot(real, 32).float(), None)
-        assert all(torch.allclose(*h.chunk(2), atol=1e-3) for h in states) and r.max() <= gan.r_max
+def test_a_gan_run_adds_up_its_gradients_masks_alike_and_leaves_none_in_its_teacher(tmp_path):
+    folder, kept, real = ready_for('gan.py', tmp_path), [], torch.randint(32, (8, 64))
+    inner = inside('gan.py', '--steps=2', f'--out_dir={folder}')
+    same(dict(inner['teacher'].state_dict()), torch.load(f'{folder}/model.pt')['ema'])
+    assert all(p.grad is None for p in inner['teacher'].parameters())
+    assert all(p.grad.abs().max() > 0 for p in inner['disc'].heads[0].enter.parameters())
+    parts = dict(relaxed=lambda z, *_: kept.append(z) or M.relaxed(z), gan_loss=lambda *_: kept[0].mean(0).sum(),
+                 dimo_grad=lambda z, *_: torch.full_like(z, 2),
+                 surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum())
+    with mock.patch.dict(inner, parts):                                      # gradients of 1 and 2 per image
+        inner['update']()
+    assert torch.allclose(kept[1], torch.full_like(kept[1], gan.w_gan + 2 * gan.w_dimo))
+    with mock.patch.dict(inner, relaxed=lambda z, *_: z):                    # a fake that is real: the same masks
+        states, _, r, _ = inner['discriminate'](real, torch.zeros(8, 8).long(), F.one_hot(real, 32).float(), None)
+    assert all(torch.allclose(*h.chunk(2), atol=1e-3) for h in states) and r.max() <= gan.r_max
 
-def test_compiled_networks_give_the_same_log():
+def test_compiled_networks_give_the_same_log(tmp_path):
     if not shutil.which('g++'):
         raise SkipTest('torch.compile needs a C++ compiler')
-    with tempfile.TemporaryDirectory() as root:
-        rows, folder = [], ready_for('distill.py', f'{root}/out')
-        for choice in ('--compile=false', '--compile'):
-            must_run('distill.py', f'--out_dir={folder}', choice, '--steps=4', '--teacher_steps=1',
-                     before=PRECISION.format(False))
-            rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
-        for script, settings in (('gan.py', ['--steps=4']), ('reward.py', TINY_REWARD)):  # without the compiler
-            folder = ready_for('gan.py', f'{root}/{script}')
-            text = must_run(script, f'--out_dir={folder}', *settings, '--compile', before=TRACED)
-            assert 'recompile_limit' not in text and 'followed' in text
+    rows, folder = [], ready_for('distill.py', f'{tmp_path}/out')
+    for choice in ('--compile=false', '--compile'):
+        must_run('distill.py', f'--out_dir={folder}', choice, '--steps=4', '--teacher_steps=1',
+                 before=PRECISION.format(False))
+        rows.append([json.loads(line) for line in open(f'{folder}/distill.log.jsonl')][:2])
+    for script, settings in (('gan.py', ['--steps=4']), ('reward.py', TINY_REWARD)):  # without the compiler
+        folder = ready_for('gan.py', f'{tmp_path}/{script}')
+        text = must_run(script, f'--out_dir={folder}', *settings, '--compile', before=TRACED)
+        assert 'recompile_limit' not in text and 'followed' in text
     for plain, compiled in zip(*rows, strict=True):
         assert all(abs(plain[k] - compiled[k]) <= 1e-3 * (1 + abs(plain[k])) for k in plain), (plain, compiled)
 
-def test_every_stage_runs_on_a_gpu_and_its_files_elsewhere():
+def test_every_stage_runs_on_a_gpu_and_its_files_elsewhere(tmp_path):
     seen = subprocess.run([sys.executable, '-c', ON_GPU + 'import torch\nprint(torch.cuda.is_available())'],
                           capture_output=True, text=True)
     if 'True' not in seen.stdout:
         raise SkipTest('needs a CUDA GPU')
-    with tempfile.TemporaryDirectory() as root:
-        for script in TINY:
-            assert 'on cpu' not in must_run(script, f'--out_dir={root}', before=ON_GPU)
-        must_run('distill.py', f'--out_dir={root}', '--steps=16', '--resume', before=ON_GPU)
-        assert len(open(f'{root}/distill.log.jsonl').readlines()) == 8
-        assert 'followed' in must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, before=ON_GPU)
-        must_run('tteo.py', f'--ckpt={root}/reward.pt', '--n=5', '--iterations=2', before=ON_GPU)
-        assert 'images_per_s' in must_run('sample.py', f'--ckpt={root}/model.pt', '--bench', '--batch=4', before=ON_GPU)
-        must_run('sample.py', f'--ckpt={root}/gan.pt', '--n=4')                # on the CPU
+    for script in TINY:
+        assert 'on cpu' not in must_run(script, f'--out_dir={tmp_path}', before=ON_GPU)
+    must_run('distill.py', f'--out_dir={tmp_path}', '--steps=16', '--resume', before=ON_GPU)
+    assert len(open(f'{tmp_path}/distill.log.jsonl').readlines()) == 8
+    assert 'followed' in must_run('reward.py', f'--out_dir={tmp_path}', *TINY_REWARD, before=ON_GPU)
+    must_run('tteo.py', f'--ckpt={tmp_path}/reward.pt', '--n=5', '--iterations=2', before=ON_GPU)
+    assert 'images_per_s' in must_run('sample.py', f'--ckpt={tmp_path}/model.pt', '--bench', '--batch=4', before=ON_GPU)
+    must_run('sample.py', f'--ckpt={tmp_path}/gan.pt', '--n=4')                # on the CPU
 
 def test_bias_of_the_relaxation_is_printed_beside_its_bound():
     text = must_run('gan.py', f'--out_dir={tiny_run()[0]}', '--bias')
     rows = re.findall(r'(?:decoder|first block) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)', text)
     assert len(rows) == 6 and all(float(bias) <= float(bound) for *_, bias, bound in rows)
 
-def test_sampling_writes_the_same_image_whatever_the_batch():
-    with tempfile.TemporaryDirectory() as root:
-        ask = ['--ckpt', f'{tiny_run()[0]}/distill.pt', '--prompt', 'a red circle', f'--grid={root}/grid.png']
-        must_run('sample.py', *ask, '--n=3', f'--png_dir={root}/three')
-        text = must_run('sample.py', *ask, '--n=2', '--batch=1', f'--png_dir={root}/single')
-        assert '2 images, seeds (0, 0..1), 1 network pass' in text and os.path.exists(f'{root}/grid.png')
-        read = lambda name: open(f'{root}/{name}.png', 'rb').read()
-        assert len(os.listdir(f'{root}/three')) == 4 and read('single/00001') != read('single/00000')
-        assert all(read(f'three/{k:05d}') == read(f'single/{k:05d}') for k in range(2))
-        state = torch.load(f'{tiny_run()[0]}/distill.pt')                        # weights, tau, r_init are the run's
-        state['net']['bias'] += torch.randn(64, 32)
-        torch.save({**state, 'config': {**state['config'], 'tau': 0.5}}, f'{root}/cold.pt')
-        must_run('sample.py', '--ckpt', f'{root}/cold.pt', *ask[2:], '--n=3', '--weights=net', f'--png_dir={root}/net')
-        generator, cond = M.MDM(**state['args']), T.word_ids(['a red circle'] * 3, T.WORDS, 8)
-        for name, weights, tau in (('three', 'ema', 1.0), ('net', 'net', 0.5)):
-            generator.load_state_dict(state[weights])
-            tokens = M.one_step(generator, cond, 0.9, 0.03, tau, M.image_rngs(0, range(3)))[1]
-            image = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(tokens)[2].clamp(-1, 1)
-            drawn = np.asarray(Image.open(f'{root}/{name}/00002.png')).astype(float)
-            assert abs(drawn - (image.detach().permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
+def test_sampling_writes_the_same_image_whatever_the_batch(tmp_path):
+    ask = ['--ckpt', f'{tiny_run()[0]}/distill.pt', '--prompt', 'a red circle', f'--grid={tmp_path}/grid.png']
+    must_run('sample.py', *ask, '--n=3', f'--png_dir={tmp_path}/three')
+    text = must_run('sample.py', *ask, '--n=2', '--batch=1', f'--png_dir={tmp_path}/single')
+    assert '2 images, seeds (0, 0..1), 1 network pass' in text and os.path.exists(f'{tmp_path}/grid.png')
+    read = lambda name: open(f'{tmp_path}/{name}.png', 'rb').read()
+    assert len(os.listdir(f'{tmp_path}/three')) == 4 and read('single/00001') != read('single/00000')
+    assert all(read(f'three/{k:05d}') == read(f'single/{k:05d}') for k in range(2))
+    state = torch.load(f'{tiny_run()[0]}/distill.pt')                        # weights, tau, r_init are the run's
+    state['net']['bias'] += torch.randn(64, 32)
+    torch.save({**state, 'config': {**state['config'], 'tau': 0.5}}, f'{tmp_path}/cold.pt')
+    must_run('sample.py', f'--ckpt={tmp_path}/cold.pt', *ask[2:], '--n=3', '--weights=net', f'--png_dir={tmp_path}/net')
+    generator, cond = M.MDM(**state['args']), T.word_ids(['a red circle'] * 3, T.WORDS, 8)
+    for name, weights, tau in (('three', 'ema', 1.0), ('net', 'net', 0.5)):
+        generator.load_state_dict(state[weights])
+        tokens = M.one_step(generator, cond, 0.9, 0.03, tau, M.image_rngs(0, range(3)))[1]
+        image = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(tokens)[2].clamp(-1, 1)
+        drawn = np.asarray(Image.open(f'{tmp_path}/{name}/00002.png')).astype(float)
+        assert abs(drawn - (image.detach().permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
 
-def test_metrics_print_their_sample_count_seeds_and_reference():
-    with tempfile.TemporaryDirectory() as root:
-        ask = ['--ckpt', f'{ready_for("distill.py", f"{root}/out")}/model.pt', '--metrics', '--n_metrics=30']
-        text = must_run('sample.py', *ask, '--steps=2')
-        assert '30 images per row' in text and '5000 held-out renders' in text and 'seeds (0, 0..29)' in text
-        assert all(task in text for task in T.TASKS)
+def test_metrics_print_their_sample_count_seeds_and_reference(tmp_path):
+    ask = ['--ckpt', f'{ready_for("distill.py", tmp_path)}/model.pt', '--metrics', '--n_metrics=30']
+    text = must_run('sample.py', *ask, '--steps=2')
+    assert '30 images per row' in text and '5000 held-out renders' in text and 'seeds (0, 0..29)' in text
+    assert all(task in text for task in T.TASKS)
 
-def test_a_sweep_measures_sixteen_settings_of_a_teacher():
-    with tempfile.TemporaryDirectory() as root:
-        folder = ready_for('distill.py', f'{root}/out')
-        must_run('sample.py', '--ckpt', f'{folder}/model.pt', '--sweep', '--steps=2', '--n_metrics=20')
-        rows = json.load(open(f'{folder}/model-sweep.json'))['rows']
-        assert len({r['name'] for r in rows} - {'real images'}) >= 16 and all(r['toy_fd'] > 0 for r in rows), rows
-        must_refuse('sample.py', '--ckpt', f'{tiny_run()[0]}/distill.pt', '--sweep', words='is a one-step generator')
+def test_a_sweep_measures_sixteen_settings_of_a_teacher(tmp_path):
+    folder = ready_for('distill.py', tmp_path)
+    must_run('sample.py', '--ckpt', f'{folder}/model.pt', '--sweep', '--steps=2', '--n_metrics=20')
+    rows = json.load(open(f'{folder}/model-sweep.json'))['rows']
+    assert len({r['name'] for r in rows} - {'real images'}) >= 16 and all(r['toy_fd'] > 0 for r in rows), rows
+    must_refuse('sample.py', '--ckpt', f'{tiny_run()[0]}/distill.pt', '--sweep', words='is a one-step generator')
 
-def test_folder_goes_through_the_whole_pipeline():
-    with tempfile.TemporaryDirectory() as root:
-        for k in range(40):
-            name = f'{root}/data/{"zero one".split()[k % 2]}'
-            os.makedirs(name, exist_ok=True)
-            Image.new('L', (28, 28), 60 * (k % 2) + k).save(f'{name}/{k}.png')
-        judge = M.Reference(T.Images(f'{root}/data', 32))
-        assert judge.measure(*reversed(judge.prompts(20)))['accuracy'] > 0.8     # real ones get their own class
-        folder, ask = f'{root}/out', ['sample.py', '--ckpt', f'{root}/out/distill.pt', '--n=2']
-        for script in TINY:
-            must_run(script, f'--out_dir={folder}', f'--data={root}/data', '--steps=5')
-        reference = json.load(open(f'{folder}/distill.json'))['rows'][0]['reference']
-        assert reference == f'20 images of {root}/data'
-        for label in ('zero', '1'):                                            # the classes are 0 one, 1 zero
-            must_run(*ask, f'--label={label}', f'--png_dir={root}/{label}')
-            assert open(f'{root}/{label}/captions.txt').read() == '00000.png\tzero\n00001.png\tzero\n'
-        must_refuse(*ask, '--label=two', words='one, zero')
-        must_refuse('distill.py', f'--out_dir={folder}', words='was trained on')
+def test_folder_goes_through_the_whole_pipeline(tmp_path):
+    for k in range(40):
+        name = f'{tmp_path}/data/{"zero one".split()[k % 2]}'
+        os.makedirs(name, exist_ok=True)
+        Image.new('L', (28, 28), 60 * (k % 2) + k).save(f'{name}/{k}.png')
+    judge = M.Reference(T.Images(f'{tmp_path}/data', 32))
+    assert judge.measure(*reversed(judge.prompts(20)))['accuracy'] > 0.8     # real ones get their own class
+    folder, ask = f'{tmp_path}/out', ['sample.py', '--ckpt', f'{tmp_path}/out/distill.pt', '--n=2']
+    for script in TINY:
+        must_run(script, f'--out_dir={folder}', f'--data={tmp_path}/data', '--steps=5')
+    reference = json.load(open(f'{folder}/distill.json'))['rows'][0]['reference']
+    assert reference == f'20 images of {tmp_path}/data'
+    for label in ('zero', '1'):                                            # the classes are 0 one, 1 zero
+        must_run(*ask, f'--label={label}', f'--png_dir={tmp_path}/{label}')
+        assert open(f'{tmp_path}/{label}/captions.txt').read() == '00000.png\tzero\n00001.png\tzero\n'
+    must_refuse(*ask, '--label=two', words='one, zero')
+    must_refuse('distill.py', f'--out_dir={folder}', words='was trained on')
 
-def test_missing_or_unfinished_teacher_is_trained_first():
-    with tempfile.TemporaryDirectory() as root, mock.patch.object(subprocess, 'Popen') as launched:
+def test_missing_or_unfinished_teacher_is_trained_first(tmp_path):
+    with mock.patch.object(subprocess, 'Popen') as launched:
         def trained(folder):
             launched.reset_mock()
             with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
                 distill.train_missing('shapes', folder, 7)
             return [call.args[0][1:] for call in launched.call_args_list], text.getvalue()
-        commands, text = trained(f'{root}/new')
-        assert commands == [[f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={root}/new']]
+        commands, text = trained(f'{tmp_path}/new')
+        assert commands == [[f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={tmp_path}/new']]
         assert 'tokenizer.pt is missing' in text and '2 minutes' in text
         launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]        # Ctrl-C: wait until the child has saved
-        assert len(trained(f'{root}/new')[0]) == 1 and launched.return_value.wait.call_count == 2
+        assert len(trained(f'{tmp_path}/new')[0]) == 1 and launched.return_value.wait.call_count == 2
         launched.return_value.wait.side_effect = None
-        T.save_checkpoint(f'{root}/tokenizer.pt', dict(stage='tokenizer', step=5, config=dict(steps=5)))
-        os.rename(f'{root}/tokenizer.pt', f'{root}/tokenizer.prev.pt')         # killed between two renames
-        T.save_checkpoint(f'{root}/model.pt', dict(stage='model', step=4, config=dict(steps=5, D=32)))
-        commands, text = trained(root)
-        assert commands == [[f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={root}']]
-        T.save_checkpoint(f'{root}/model.pt', dict(stage='model', step=5, config=dict(steps=5)))
-        commands, text = trained(root)
+        T.save_checkpoint(f'{tmp_path}/tokenizer.pt', dict(stage='tokenizer', step=5, config=dict(steps=5)))
+        os.rename(f'{tmp_path}/tokenizer.pt', f'{tmp_path}/tokenizer.prev.pt')  # killed between two renames
+        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=4, config=dict(steps=5, D=32)))
+        commands, text = trained(tmp_path)
+        assert commands == [[f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={tmp_path}']]
+        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=5, config=dict(steps=5)))
+        commands, text = trained(tmp_path)
         assert commands == [] and 'using the previous one' in text
 
 def test_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
@@ -1106,29 +1082,27 @@ def test_kill_and_resume_equals_an_uninterrupted_run_bit_for_bit():
             lines = [open(f'{f}/{name}.log.jsonl').read() for f in (whole, folder)]
             assert lines[0] == lines[1] and lines[0].count('\n') == a['step'] // 2
 
-def test_ctrl_c_leaves_a_usable_file():
-    with tempfile.TemporaryDirectory() as root:
-        folder = ready_for('model.py', f'{root}/out')
-        launch = [sys.executable, f'{HERE}/model.py', *TINY['model.py'], *OFTEN, f'--out_dir={folder}']
-        process = subprocess.Popen(launch + ['--steps=100000', '--save_every=100000'], text=True, env=ALONE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        log = f'{folder}/model.log.jsonl'
-        while not (os.path.exists(log) and os.path.getsize(log)):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        text = process.communicate(timeout=60)[0]
-        assert process.returncode == 0 and 'Traceback' not in text, text[-800:]
-        last = json.loads(open(log).read().splitlines()[-1])
-        assert torch.load(f'{folder}/model.pt')['step'] >= last['step'] > 0
+def test_ctrl_c_leaves_a_usable_file(tmp_path):
+    folder = ready_for('model.py', tmp_path)
+    launch = [sys.executable, f'{HERE}/model.py', *TINY['model.py'], *OFTEN, f'--out_dir={folder}']
+    process = subprocess.Popen(launch + ['--steps=100000', '--save_every=100000'], text=True, env=ALONE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = f'{folder}/model.log.jsonl'
+    while not (os.path.exists(log) and os.path.getsize(log)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and 'Traceback' not in text, text[-800:]
+    last = json.loads(open(log).read().splitlines()[-1])
+    assert torch.load(f'{folder}/model.pt')['step'] >= last['step'] > 0
 
-def test_every_stage_runs_in_float32_and_in_bfloat16():
+def test_every_stage_runs_in_float32_and_in_bfloat16(tmp_path):
     other = not getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')         # the tests above run in one
-    with tempfile.TemporaryDirectory() as folder:
-        for script in TINY:
-            text = must_run(script, f'--out_dir={folder}', before=PRECISION.format(other))
-            assert ('bf16 autocast' if other else 'float32, the CPU has no bf16') in text, text[:300]
-        must_run('reward.py', f'--out_dir={folder}', *TINY_REWARD, before=PRECISION.format(other))
+    for script in TINY:
+        text = must_run(script, f'--out_dir={tmp_path}', before=PRECISION.format(other))
+        assert ('bf16 autocast' if other else 'float32, the CPU has no bf16') in text, text[:300]
+    must_run('reward.py', f'--out_dir={tmp_path}', *TINY_REWARD, before=PRECISION.format(other))
     tokenizer, z = small_tokenizer(), torch.randn(2, 16, 4)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(tokenizer.nearest(z), tokenizer.double().nearest(z.double()))
@@ -1140,7 +1114,7 @@ def test_gradients_are_averaged_then_clipped():
         assert T.apply_gradients([p], [torch.optim.SGD([p], 1.0)], 2, clip) == 5
         assert torch.allclose(p.data, torch.tensor(moved), atol=1e-4)
 
-def test_two_processes_give_the_gradient_of_one():
+def test_two_processes_give_the_gradient_of_one(tmp_path):
     def gradients(script, folder, processes):
         """What Adam and Muon hold after one step: multiples of the averaged, clipped gradient."""
         plain = ['--disc_warmup=0', '--spectral=false'] * (script == 'gan.py')    # its power iteration counts passes
@@ -1148,12 +1122,11 @@ def test_two_processes_give_the_gradient_of_one():
         state = torch.load(f'{folder}/{script[:-3]}.pt', weights_only=True)
         kept = [s for o in state.get('optimizers', [state.get('optimizer')]) for s in o['state'].values()]
         return [s['exp_avg' if 'exp_avg' in s else 'momentum_buffer'] for s in kept]
-    with tempfile.TemporaryDirectory() as root:
-        for script in TINY:
-            one, two = (gradients(script, ready_for(script, f'{root}/{script}{n}'), n) for n in (1, 2))
-            assert len(one) == len(two) > 10
-            for a, b in zip(one, two):
-                assert (a - b).abs().max() < 1e-4 * max(x.abs().max() for x in one), script
+    for script in TINY:
+        one, two = (gradients(script, ready_for(script, f'{tmp_path}/{script}{n}'), n) for n in (1, 2))
+        assert len(one) == len(two) > 10
+        for a, b in zip(one, two):
+            assert (a - b).abs().max() < 1e-4 * max(x.abs().max() for x in one), script
 
 def test_bench_times_what_compilation_would_see():
     from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -1162,17 +1135,16 @@ def test_bench_times_what_compilation_would_see():
                    contextlib.nullcontext())
     assert all(free[:23]) and not free[23] and len(free) == 24
 
-def test_bench_shows_that_one_pass_for_both_updates_saves_two_forwards_of_ten():
-    with tempfile.TemporaryDirectory() as root:
-        folder, flops = ready_for('distill.py', f'{root}/out'), []
-        for reuse in ('true', 'false'):
-            settings = [f'--out_dir={folder}', f'--reuse={reuse}', '--cfg_scale=2']
-            text = must_run('distill.py', '--bench', *settings)
-            bench = {k: float(v) for k, v in re.findall(r'(\w+) ([\d.]+)', text[text.index('bench: '):])}
-            assert bench['ms_per_step'] > 0 and bench['images_per_s'] > 0 and bench['peak_memory_mb'] > 100
-            assert 0 < bench['share_of_peak'] < 1
-            flops.append(bench['gflop_per_step'])
-        assert 1.15 < flops[1] / flops[0] < 1.35, flops                        # 10 / 8, but for frozen tables
+def test_bench_shows_that_one_pass_for_both_updates_saves_two_forwards_of_ten(tmp_path):
+    folder, flops = ready_for('distill.py', tmp_path), []
+    for reuse in ('true', 'false'):
+        settings = [f'--out_dir={folder}', f'--reuse={reuse}', '--cfg_scale=2']
+        text = must_run('distill.py', '--bench', *settings)
+        bench = {k: float(v) for k, v in re.findall(r'(\w+) ([\d.]+)', text[text.index('bench: '):])}
+        assert bench['ms_per_step'] > 0 and bench['images_per_s'] > 0 and bench['peak_memory_mb'] > 100
+        assert 0 < bench['share_of_peak'] < 1
+        flops.append(bench['gflop_per_step'])
+    assert 1.15 < flops[1] / flops[0] < 1.35, flops                        # 10 / 8, but for frozen tables
 
 
 
@@ -1374,63 +1346,61 @@ def test_other_sizes_are_read_off_the_shapes():
         images = torch.rand(2, 3, 16, 16) * 2 - 1
         assert torch.equal(tokenizer.encode(images), again.encode(images))
 
-def test_loading_copies_the_weights_and_reads_files_folders_and_dicts_alike():
-    with tempfile.TemporaryDirectory() as root:
-        weights = published(mini('maskbit'), 'maskbit')
-        torch.save(weights, f'{root}/generator.bin')
-        torch.save(weights, f'{root}/old.bin', _use_new_zipfile_serialization=False)
-        paths = (f'{root}/generator.bin', f'{root}/old.bin', weights)
-        networks = [M.MDM.from_pretrained('maskbit', path) for path in paths]
-        os.remove(f'{root}/old.bin')
-        networks.append(M.MDM.from_pretrained('maskbit', root))
-        for network in networks[1:]:
-            same(network.state_dict(), networks[0].state_dict())
-        kept = weights['pos_emb'].clone()
-        for network in networks:
-            network.pos_emb.data += 1                                           # training touches neither dict nor file
-        assert torch.equal(weights['pos_emb'], kept)
-        assert torch.equal(M.MDM.from_pretrained('maskbit', root).pos_emb, kept)
-        torch.save({k: v * 0 for k, v in weights.items()}, f'{root}/generator.bin')
-        assert torch.equal(networks[0].pos_emb, kept + 1)                       # no mapping of the file is left
+def test_loading_copies_the_weights_and_reads_files_folders_and_dicts_alike(tmp_path):
+    weights = published(mini('maskbit'), 'maskbit')
+    torch.save(weights, f'{tmp_path}/generator.bin')
+    torch.save(weights, f'{tmp_path}/old.bin', _use_new_zipfile_serialization=False)
+    paths = (f'{tmp_path}/generator.bin', f'{tmp_path}/old.bin', weights)
+    networks = [M.MDM.from_pretrained('maskbit', path) for path in paths]
+    os.remove(f'{tmp_path}/old.bin')
+    networks.append(M.MDM.from_pretrained('maskbit', tmp_path))
+    for network in networks[1:]:
+        same(network.state_dict(), networks[0].state_dict())
+    kept = weights['pos_emb'].clone()
+    for network in networks:
+        network.pos_emb.data += 1                                           # training touches neither dict nor file
+    assert torch.equal(weights['pos_emb'], kept)
+    assert torch.equal(M.MDM.from_pretrained('maskbit', tmp_path).pos_emb, kept)
+    torch.save({k: v * 0 for k, v in weights.items()}, f'{tmp_path}/generator.bin')
+    assert torch.equal(networks[0].pos_emb, kept + 1)                       # no mapping of the file is left
 
-def test_wrong_swapped_and_truncated_files_are_explained():
+def test_wrong_swapped_and_truncated_files_are_explained(tmp_path):
     transformer, tokenizer = M.MDM.from_pretrained, T.Tokenizer.from_pretrained
-    with tempfile.TemporaryDirectory() as root:
-        files = {f'{kind}_{what}': published(make(kind), kind) for kind in ('maskgit', 'maskbit')
-                 for what, make in (('net', mini), ('tokenizer', mini_tokenizer))}
-        for name, state in files.items():
-            torch.save(state, f'{root}/{name}.pt')
-        path = lambda name: f'{root}/{name}.pt'
-        for load, kind, what in ((transformer, 'maskgit', 'net'), (transformer, 'maskbit', 'net'),
-                                 (tokenizer, 'maskgit', 'tokenizer'), (tokenizer, 'maskbit', 'tokenizer')):
-            for name in files:
-                if name != f'{kind}_{what}':
-                    exits_with(lambda: load(kind, path(name)), path(name), 'expected', kind, 'right file')
-            flat = files[f'{kind}_{what}']
-            flat = flat.get('model_state_dict', flat)
-            for key in list(flat)[::7]:                                         # a key lost, a shape changed
-                for broken in ({k: v for k, v in flat.items() if k != key}, {**flat, key: flat[key][..., None]}):
-                    exits_with(lambda: load(kind, broken), 'the given dict', 'expected')
-            exits_with(lambda: load(kind, {**flat, 'foreign.weight': torch.ones(1)}), 'no place', 'foreign.weight')
-            exits_with(lambda: load('magic', path('maskgit_net')), "'magic'", 'maskgit, maskbit')
-            whole = open(path(f'{kind}_{what}'), 'rb').read()
-            open(path('half'), 'wb').write(whole[:len(whole) // 2])
-            exits_with(lambda: load(kind, path('half')), path('half'), 'truncated')
-            open(path('half'), 'w').write('<html>')
-            exits_with(lambda: load(kind, path('half')), path('half'), 'not a weight file')
-            exits_with(lambda: load(kind, {}), 'no tensors')
-            exits_with(lambda: load(kind, root), root, 'weight files', 'name the file')
-            try:
-                load(kind, f'{root}/nowhere.pt')
-                raise AssertionError('no error')
-            except FileNotFoundError as error:
-                assert f'{root}/nowhere.pt: no such file' in str(error)
-        narrow = published(mini('maskgit', D=24, n_head=3), 'maskgit')
-        exits_with(lambda: transformer('maskgit', narrow), '16 heads', 'n_head')
-        exits_with(lambda: transformer('maskgit', narrow, n_head=-4), '-4 heads', 'n_head')
-        exits_with(lambda: transformer('maskgit', {'state_dict': None, 5: torch.ones(1)}), 'no tensors')
-        odd = {**files['maskbit_tokenizer'], 'encoder.conv_in.weight': torch.ones(33, 3, 3, 3)}
-        exits_with(lambda: tokenizer('maskbit', odd), 'the given dict: encoder.conv_in', '33', 'right file')
+    files = {f'{kind}_{what}': published(make(kind), kind) for kind in ('maskgit', 'maskbit')
+             for what, make in (('net', mini), ('tokenizer', mini_tokenizer))}
+    for name, state in files.items():
+        torch.save(state, f'{tmp_path}/{name}.pt')
+    path = lambda name: f'{tmp_path}/{name}.pt'
+    for load, kind, what in ((transformer, 'maskgit', 'net'), (transformer, 'maskbit', 'net'),
+                             (tokenizer, 'maskgit', 'tokenizer'), (tokenizer, 'maskbit', 'tokenizer')):
+        for name in files:
+            if name != f'{kind}_{what}':
+                exits_with(lambda: load(kind, path(name)), path(name), 'expected', kind, 'right file')
+        flat = files[f'{kind}_{what}']
+        flat = flat.get('model_state_dict', flat)
+        for key in list(flat)[::7]:                                         # a key lost, a shape changed
+            for broken in ({k: v for k, v in flat.items() if k != key}, {**flat, key: flat[key][..., None]}):
+                exits_with(lambda: load(kind, broken), 'the given dict', 'expected')
+        exits_with(lambda: load(kind, {**flat, 'foreign.weight': torch.ones(1)}), 'no place', 'foreign.weight')
+        exits_with(lambda: load('magic', path('maskgit_net')), "'magic'", 'maskgit, maskbit')
+        whole = open(path(f'{kind}_{what}'), 'rb').read()
+        open(path('half'), 'wb').write(whole[:len(whole) // 2])
+        exits_with(lambda: load(kind, path('half')), path('half'), 'truncated')
+        open(path('half'), 'w').write('<html>')
+        exits_with(lambda: load(kind, path('half')), path('half'), 'not a weight file')
+        exits_with(lambda: load(kind, {}), 'no tensors')
+        exits_with(lambda: load(kind, tmp_path), f'{tmp_path}: holds', 'weight files', 'name the file')
+        try:
+            load(kind, f'{tmp_path}/nowhere.pt')
+            raise AssertionError('no error')
+        except FileNotFoundError as error:
+            assert f'{tmp_path}/nowhere.pt: no such file' in str(error)
+    narrow = published(mini('maskgit', D=24, n_head=3), 'maskgit')
+    exits_with(lambda: transformer('maskgit', narrow), '16 heads', 'n_head')
+    exits_with(lambda: transformer('maskgit', narrow, n_head=-4), '-4 heads', 'n_head')
+    exits_with(lambda: transformer('maskgit', {'state_dict': None, 5: torch.ones(1)}), 'no tensors')
+    odd = {**files['maskbit_tokenizer'], 'encoder.conv_in.weight': torch.ones(33, 3, 3, 3)}
+    exits_with(lambda: tokenizer('maskbit', odd), 'the given dict: encoder.conv_in', '33', 'right file')
 
 class Callback:
     """A foreign class, as a Lightning checkpoint carries one."""
@@ -1440,29 +1410,28 @@ class Callback:
 class Settings(dict):
     """Another, which a file fills item by item."""
 
-def test_foreign_classes_become_inert_and_code_is_never_executed():
-    with tempfile.TemporaryDirectory() as root:
-        class Bomb:
-            def __init__(self, function, argument):
-                self.call = function, (argument,)
-            def __reduce__(self):
-                return self.call
-        weights = published(mini_tokenizer('maskgit'), 'maskgit')
-        extra = {'loss.perceptual.weight': torch.ones(3)}
-        lightning = dict(epoch=1, callbacks={Callback: Callback(root), 'score': np.float64(0.5)}, hyper=Settings(lr=1),
-                         state_dict={**weights, **extra})
-        torch.save(lightning, f'{root}/last.ckpt')
-        with mock.patch.object(Callback, '__new__', side_effect=AssertionError('a foreign class was built')):
-            tokenizer = T.Tokenizer.from_pretrained('maskgit', f'{root}/last.ckpt')
-        ids = torch.randint(32, (1, 16))
-        assert torch.equal(tokenizer.decode(ids), mini_tokenizer('maskgit').decode(ids))
-        touch = f'touch {root}/executed'
-        for function, argument in ((os.system, touch), (os.mkdir, f'{root}/executed'), (subprocess.getoutput, touch),
-                                   (eval, f'os.mkdir("{root}/executed")')):
-            torch.save({**lightning, 'bomb': Bomb(function, argument)}, f'{root}/bomb.ckpt')
-            with contextlib.suppress(ValueError):                               # refused, or read as an empty dict
-                T.Tokenizer.from_pretrained('maskgit', f'{root}/bomb.ckpt')
-            assert not os.path.exists(f'{root}/executed')
+def test_foreign_classes_become_inert_and_code_is_never_executed(tmp_path):
+    class Bomb:
+        def __init__(self, function, argument):
+            self.call = function, (argument,)
+        def __reduce__(self):
+            return self.call
+    weights = published(mini_tokenizer('maskgit'), 'maskgit')
+    extra = {'loss.perceptual.weight': torch.ones(3)}
+    lightning = dict(epoch=1, callbacks={Callback: Callback(tmp_path), 'score': np.float64(0.5)}, hyper=Settings(lr=1),
+                     state_dict={**weights, **extra})
+    torch.save(lightning, f'{tmp_path}/last.ckpt')
+    with mock.patch.object(Callback, '__new__', side_effect=AssertionError('a foreign class was built')):
+        tokenizer = T.Tokenizer.from_pretrained('maskgit', f'{tmp_path}/last.ckpt')
+    ids = torch.randint(32, (1, 16))
+    assert torch.equal(tokenizer.decode(ids), mini_tokenizer('maskgit').decode(ids))
+    touch = f'touch {tmp_path}/executed'
+    for function, argument in ((os.system, touch), (os.mkdir, f'{tmp_path}/executed'), (subprocess.getoutput, touch),
+                               (eval, f'os.mkdir("{tmp_path}/executed")')):
+        torch.save({**lightning, 'bomb': Bomb(function, argument)}, f'{tmp_path}/bomb.ckpt')
+        with contextlib.suppress(ValueError):                               # refused, or read as an empty dict
+            T.Tokenizer.from_pretrained('maskgit', f'{tmp_path}/bomb.ckpt')
+        assert not os.path.exists(f'{tmp_path}/executed')
 
 def test_recomputing_blocks_gives_the_same_gradients():
     for kind in ('maskgit', 'maskbit'):
@@ -1480,34 +1449,33 @@ def test_distillation_freezes_the_embedding_tables_of_both_layouts():
         frozen = {id(p) for p in model.embedding_parameters()}
         assert {name for name, p in model.named_parameters() if id(p) in frozen} == names
 
-def test_encoding_resumes_mirrors_and_uses_small_integers():
-    with tempfile.TemporaryDirectory() as root:
-        picture_folder(f'{root}/data')
-        tokenizer, cpu = mini_tokenizer('maskbit'), torch.device('cpu')
-        def encode(folder, **options):
-            images = T.Images(f'{root}/data', 16)
-            rows = printed(lambda: encode.__setattr__('rows', T.token_data(images, tokenizer, folder, cpu, **options)))
-            return encode.rows, rows
-        whole, _ = encode(f'{root}/a', batch=5, flips=True)
-        assert whole.shape == (24, 33) and whole.dtype == np.int8 and isinstance(whole, np.memmap)
-        source = T.Images(f'{root}/data', 16)
-        good = [not path.endswith(('truncated.png', 'notes.txt')) for path, _ in source.files]
-        images = source.batch(range(14))[0][good]
-        assert np.array_equal(whole[::2, :32], tokenizer.encode(images).numpy())
-        assert np.array_equal(whole[1::2, :32], tokenizer.encode(images.flip(-1)).numpy())
-        calls = []
-        def dies(x, real=tokenizer.encode):
-            calls.append(len(x))
-            if len(calls) > 3:
-                raise KeyboardInterrupt
-            return real(x)
-        with mock.patch.object(tokenizer, 'encode', dies), contextlib.suppress(KeyboardInterrupt):
-            encode(f'{root}/b', batch=5, flips=True)
-        assert len(calls) == 4 and not glob.glob(f'{root}/b/*.npy')
-        with mock.patch.object(tokenizer, 'encode', side_effect=tokenizer.encode) as spy:
-            again, text = encode(f'{root}/b', batch=5, flips=True)
-        assert spy.call_count == 4 and np.array_equal(again, whole) and '2 of 14 files were skipped' in text
-        assert len(os.listdir(f'{root}/b')) == 1                                # no leftovers
+def test_encoding_resumes_mirrors_and_uses_small_integers(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    tokenizer, cpu = mini_tokenizer('maskbit'), torch.device('cpu')
+    def encode(folder, **options):
+        images = T.Images(f'{tmp_path}/data', 16)
+        rows = printed(lambda: encode.__setattr__('rows', T.token_data(images, tokenizer, folder, cpu, **options)))
+        return encode.rows, rows
+    whole, _ = encode(f'{tmp_path}/a', batch=5, flips=True)
+    assert whole.shape == (24, 33) and whole.dtype == np.int8 and isinstance(whole, np.memmap)
+    source = T.Images(f'{tmp_path}/data', 16)
+    good = [not path.endswith(('truncated.png', 'notes.txt')) for path, _ in source.files]
+    images = source.batch(range(14))[0][good]
+    assert np.array_equal(whole[::2, :32], tokenizer.encode(images).numpy())
+    assert np.array_equal(whole[1::2, :32], tokenizer.encode(images.flip(-1)).numpy())
+    calls = []
+    def dies(x, real=tokenizer.encode):
+        calls.append(len(x))
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(x)
+    with mock.patch.object(tokenizer, 'encode', dies), contextlib.suppress(KeyboardInterrupt):
+        encode(f'{tmp_path}/b', batch=5, flips=True)
+    assert len(calls) == 4 and not glob.glob(f'{tmp_path}/b/*.npy')
+    with mock.patch.object(tokenizer, 'encode', side_effect=tokenizer.encode) as spy:
+        again, text = encode(f'{tmp_path}/b', batch=5, flips=True)
+    assert spy.call_count == 4 and np.array_equal(again, whole) and '2 of 14 files were skipped' in text
+    assert len(os.listdir(f'{tmp_path}/b')) == 1                                # no leftovers
 
 def test_partial_sums_of_features_merge_to_one_pass():
     x = torch.randn(700, 12, dtype=torch.float64) * 3 + 5
@@ -1546,48 +1514,47 @@ class Inception(torch.nn.Module):
         h = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 64
         return h if return_features else (h @ self.w).softmax(1)
 
-def test_published_teachers_go_through_distillation_gan_sampling_and_metrics():
-    with tempfile.TemporaryDirectory() as root:
-        torch.jit.script(Inception()).save(f'{root}/inception.pt')
-        real = np.random.RandomState(0).randint(0, 255, (40, 16, 16, 3), dtype=np.uint8)
-        rows = Inception()(torch.from_numpy(real).permute(0, 3, 1, 2), return_features=True).double().numpy()
-        np.savez(f'{root}/ref.npz', mu=rows.mean(0), sigma=np.cov(rows.T), arr_0=real)
-        np.savez(f'{root}/bare.npz', mu=rows.mean(0), sigma=np.cov(rows.T))
-        ask = ['--metrics', '--n_metrics=30', f'--inception={root}/inception.pt']
-        digest = hashlib.sha256(open(f'{root}/inception.pt', 'rb').read()).hexdigest()
-        for kind in ('maskgit', 'maskbit'):
-            folder = f'{root}/{kind}'
-            os.makedirs(folder)
-            torch.save(published(mini(kind), kind), f'{folder}/net.pth')
-            torch.save(published(mini_tokenizer(kind), kind), f'{folder}/tokenizer.ckpt')
-            files = [f'--teacher={kind}', f'--teacher_path={folder}/net.pth']
-            files.append(f'--tokenizer_path={folder}/tokenizer.ckpt')
-            text = must_run('distill.py', *files, f'--out_dir={folder}', '--steps=4', '--cfg_scale=2', '--aux_muon=0')
-            assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
-            student = torch.load(f'{folder}/distill.pt', weights_only=True)
-            assert set(student['tokenizer']) == {'kind', 'path', 'grid', 'S', 'digest'}  # not its weights
-            for k in range(student['args']['n_words']):                        # names as ImageNet's
-                os.makedirs(f'{folder}/data/n0144{k}')
-                Image.fromarray(real[k]).save(f'{folder}/data/n0144{k}/x.png')
-            text = must_run('gan.py', *files, f'--out_dir={folder}', f'--data={folder}/data', '--flips', '--steps=4')
-            assert 'gan, 1 step' in text and f'{2 * student["args"]["n_words"]} real images' in text
-            must_run('sample.py', f'--ckpt={folder}/distill.pt', '--metrics', '--n_metrics=8', f'--data={folder}/data')
-            text = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/ref.npz', '--batch=7')
-            assert 'FID@30 ' in text and 'FID ' not in text and digest in text and 'precision' in text
-            again = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={root}/bare.npz',
-                             processes=1 + (kind == 'maskbit'))
-            assert 'no precision and recall' in again
-            value = lambda text: float(re.search(r'FID@30 ([\d.]+)', text)[1])
-            assert abs(value(text) - value(again)) < 1e-3 * value(text)         # neither batch nor processes matter
-            drawing = ['sample.py', *files, '--label=3', '--n=2', f'--grid={root}/x.png']
-            if kind == 'maskgit':
-                assert '1 network pass' in must_run(*drawing, '--student')
-            else:
-                assert '7 network pass' in must_run(*drawing, '--steps=4')
-        assert os.path.exists(f'{root}/x.png')
-        os.rename(f'{folder}/tokenizer.ckpt', f'{root}/moved.ckpt')
-        exits_with(lambda: T.Tokenizer.from_checkpoint(student['tokenizer']), 'tokenizer.ckpt', '--tokenizer_path')
-        T.Tokenizer.from_checkpoint(student['tokenizer'], f'{root}/moved.ckpt')
+def test_published_teachers_go_through_distillation_gan_sampling_and_metrics(tmp_path):
+    torch.jit.script(Inception()).save(f'{tmp_path}/inception.pt')
+    real = np.random.RandomState(0).randint(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+    rows = Inception()(torch.from_numpy(real).permute(0, 3, 1, 2), return_features=True).double().numpy()
+    np.savez(f'{tmp_path}/ref.npz', mu=rows.mean(0), sigma=np.cov(rows.T), arr_0=real)
+    np.savez(f'{tmp_path}/bare.npz', mu=rows.mean(0), sigma=np.cov(rows.T))
+    ask = ['--metrics', '--n_metrics=30', f'--inception={tmp_path}/inception.pt']
+    digest = hashlib.sha256(open(f'{tmp_path}/inception.pt', 'rb').read()).hexdigest()
+    for kind in ('maskgit', 'maskbit'):
+        folder = f'{tmp_path}/{kind}'
+        os.makedirs(folder)
+        torch.save(published(mini(kind), kind), f'{folder}/net.pth')
+        torch.save(published(mini_tokenizer(kind), kind), f'{folder}/tokenizer.ckpt')
+        files = [f'--teacher={kind}', f'--teacher_path={folder}/net.pth']
+        files.append(f'--tokenizer_path={folder}/tokenizer.ckpt')
+        text = must_run('distill.py', *files, f'--out_dir={folder}', '--steps=4', '--cfg_scale=2', '--aux_muon=0')
+        assert '--inception=FILE' in text and os.path.exists(f'{folder}/distill-000004.png')
+        student = torch.load(f'{folder}/distill.pt', weights_only=True)
+        assert set(student['tokenizer']) == {'kind', 'path', 'grid', 'S', 'digest'}  # not its weights
+        for k in range(student['args']['n_words']):                        # names as ImageNet's
+            os.makedirs(f'{folder}/data/n0144{k}')
+            Image.fromarray(real[k]).save(f'{folder}/data/n0144{k}/x.png')
+        text = must_run('gan.py', *files, f'--out_dir={folder}', f'--data={folder}/data', '--flips', '--steps=4')
+        assert 'gan, 1 step' in text and f'{2 * student["args"]["n_words"]} real images' in text
+        must_run('sample.py', f'--ckpt={folder}/distill.pt', '--metrics', '--n_metrics=8', f'--data={folder}/data')
+        text = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={tmp_path}/ref.npz', '--batch=7')
+        assert 'FID@30 ' in text and 'FID ' not in text and digest in text and 'precision' in text
+        again = must_run('sample.py', f'--ckpt={folder}/distill.pt', *ask, f'--ref={tmp_path}/bare.npz',
+                         processes=1 + (kind == 'maskbit'))
+        assert 'no precision and recall' in again
+        value = lambda text: float(re.search(r'FID@30 ([\d.]+)', text)[1])
+        assert abs(value(text) - value(again)) < 1e-3 * value(text)         # neither batch nor processes matter
+        drawing = ['sample.py', *files, '--label=3', '--n=2', f'--grid={tmp_path}/x.png']
+        if kind == 'maskgit':
+            assert '1 network pass' in must_run(*drawing, '--student')
+        else:
+            assert '7 network pass' in must_run(*drawing, '--steps=4')
+    assert os.path.exists(f'{tmp_path}/x.png')
+    os.rename(f'{folder}/tokenizer.ckpt', f'{tmp_path}/moved.ckpt')
+    exits_with(lambda: T.Tokenizer.from_checkpoint(student['tokenizer']), 'tokenizer.ckpt', '--tokenizer_path')
+    T.Tokenizer.from_checkpoint(student['tokenizer'], f'{tmp_path}/moved.ckpt')
 
 def test_a_published_size_is_timed_without_any_file():
     small = '''
@@ -1602,29 +1569,28 @@ tokenizer.PUBLISHED['maskgit'].update(image_size=16, ch=32, ch_mult='1,1,2', n_r
     text = must_run('sample.py', '--bench', '--teacher=maskgit', '--teacher_path=random', '--batch=4', before=small)
     assert 'steps 16, passes 31, batch 4, images_per_s' in text
 
-def test_a_published_teacher_is_asked_for_politely():
-    with tempfile.TemporaryDirectory() as root:
-        exits_with(lambda: M.load_teacher('maskgit', ''), '--teacher_path=FILE', '--tokenizer_path=FILE')
-        for kind in ('maskgit', 'maskbit'):
-            torch.save(published(mini(kind), kind), f'{root}/{kind}.pth')
-            torch.save(published(mini_tokenizer(kind), kind), f'{root}/{kind}.ckpt')
-        load = lambda kind, net, tok, data='': lambda: M.load_teacher(kind, f'{root}/{net}', f'{root}/{tok}', data)
-        exits_with(load('maskgit', 'maskbit.pth', 'maskgit.ckpt'), 'maskbit.pth')
-        exits_with(load('maskgit', 'maskgit.pth', 'none.ckpt'), 'none.ckpt: no such file')
-        torch.save(published(mini_tokenizer('maskgit', n_codes=64), 'maskgit'), f'{root}/other.ckpt')
-        exits_with(load('maskgit', 'maskgit.pth', 'other.ckpt'), 'maskgit.pth', 'expected V + K + 2 with V = 64')
-        torch.save(published(mini_tokenizer('maskbit', code_dim=5, n_codes=32), 'maskbit'), f'{root}/other.ckpt')
-        exits_with(load('maskbit', 'maskbit.pth', 'other.ckpt'), 'of 32', 'not of one release')
-        for k, (kind, sizes, codes) in enumerate((('maskgit', dict(V=48, n_words=10), dict(n_codes=48)), (
-                'maskbit', dict(N=16, V=16, bits=4, S=1), dict(code_dim=4, S=1, n_codes=16)))):
-            torch.save(published(mini(kind, **sizes), kind), f'{root}/net{k}.pth')    # sizes that one file leaves open
-            torch.save(published(mini_tokenizer(kind, **codes), kind), f'{root}/tok{k}.ckpt')
-            found = M.load_teacher(kind, f'{root}/net{k}.pth', f'{root}/tok{k}.ckpt', n_head=2)
-            assert (found['args']['V'], found['args']['n_head']) == (sizes['V'], 2)
-            assert T.Tokenizer.from_checkpoint(found['tokenizer']).S == sizes.get('S', 1)
-        picture_folder(f'{root}/data')
-        exits_with(load('maskgit', 'maskgit.pth', 'maskgit.ckpt', f'{root}/data'), '2 class folders', '10 classes')
-        exits_with(lambda: sample.load_inception(f'{root}/maskgit.pth', 'cpu'), 'maskgit.pth', 'TorchScript')
+def test_a_published_teacher_is_asked_for_politely(tmp_path):
+    exits_with(lambda: M.load_teacher('maskgit', ''), '--teacher_path=FILE', '--tokenizer_path=FILE')
+    for kind in ('maskgit', 'maskbit'):
+        torch.save(published(mini(kind), kind), f'{tmp_path}/{kind}.pth')
+        torch.save(published(mini_tokenizer(kind), kind), f'{tmp_path}/{kind}.ckpt')
+    load = lambda kind, net, tok, data='': lambda: M.load_teacher(kind, f'{tmp_path}/{net}', f'{tmp_path}/{tok}', data)
+    exits_with(load('maskgit', 'maskbit.pth', 'maskgit.ckpt'), 'maskbit.pth')
+    exits_with(load('maskgit', 'maskgit.pth', 'none.ckpt'), 'none.ckpt: no such file')
+    torch.save(published(mini_tokenizer('maskgit', n_codes=64), 'maskgit'), f'{tmp_path}/other.ckpt')
+    exits_with(load('maskgit', 'maskgit.pth', 'other.ckpt'), 'maskgit.pth', 'expected V + K + 2 with V = 64')
+    torch.save(published(mini_tokenizer('maskbit', code_dim=5, n_codes=32), 'maskbit'), f'{tmp_path}/other.ckpt')
+    exits_with(load('maskbit', 'maskbit.pth', 'other.ckpt'), 'of 32', 'not of one release')
+    for k, (kind, sizes, codes) in enumerate((('maskgit', dict(V=48, n_words=10), dict(n_codes=48)), (
+            'maskbit', dict(N=16, V=16, bits=4, S=1), dict(code_dim=4, S=1, n_codes=16)))):
+        torch.save(published(mini(kind, **sizes), kind), f'{tmp_path}/net{k}.pth')    # sizes that one file leaves open
+        torch.save(published(mini_tokenizer(kind, **codes), kind), f'{tmp_path}/tok{k}.ckpt')
+        found = M.load_teacher(kind, f'{tmp_path}/net{k}.pth', f'{tmp_path}/tok{k}.ckpt', n_head=2)
+        assert (found['args']['V'], found['args']['n_head']) == (sizes['V'], 2)
+        assert T.Tokenizer.from_checkpoint(found['tokenizer']).S == sizes.get('S', 1)
+    picture_folder(f'{tmp_path}/data')
+    exits_with(load('maskgit', 'maskgit.pth', 'maskgit.ckpt', f'{tmp_path}/data'), '2 class folders', '10 classes')
+    exits_with(lambda: sample.load_inception(f'{tmp_path}/maskgit.pth', 'cpu'), 'maskgit.pth', 'TorchScript')
 
 
 # -----------------------------------------------------------------------------
@@ -1657,43 +1623,40 @@ def link_rewarded(folder):
     for name in ('tokenizer', 'model', 'distill', 'rewards'):
         os.link(f'{reward_run()[0]}/{name}.pt', f'{folder}/{name}.pt')
 
-def test_a_reward_is_differentiable_caches_its_text_and_rises_on_one_step():
-    with tempfile.TemporaryDirectory() as root:
-        judge = M.world_reward(tiny_rewards(root), 'clip', 'cpu')
-        images, prompts = torch.rand(3, 3, 32, 32) * 2 - 1, [RED, 'a blue square', RED]
-        images.requires_grad_()
-        with mock.patch.object(M, 'word_ids', wraps=M.word_ids) as asked:
-            value = judge(images, prompts)
-            judge(images, prompts)
-        assert sorted(c.args[0][0] for c in asked.call_args_list) == ['a blue square', RED]  # each prompt once
-        assert value.shape == (3,) and (value <= 0).all()
-        grad, = torch.autograd.grad(value.sum(), images)
-        assert torch.isfinite(grad).all() and (grad.flatten(1).norm(dim=1) > 0).all()
-        assert (judge(images.detach() + 1e-3 * grad / grad.std(), prompts) > value).all()
+def test_a_reward_is_differentiable_caches_its_text_and_rises_on_one_step(tmp_path):
+    judge = M.world_reward(tiny_rewards(tmp_path), 'clip', 'cpu')
+    images, prompts = torch.rand(3, 3, 32, 32) * 2 - 1, [RED, 'a blue square', RED]
+    images.requires_grad_()
+    with mock.patch.object(M, 'word_ids', wraps=M.word_ids) as asked:
+        value = judge(images, prompts)
+        judge(images, prompts)
+    assert sorted(c.args[0][0] for c in asked.call_args_list) == ['a blue square', RED]  # each prompt once
+    assert value.shape == (3,) and (value <= 0).all()
+    grad, = torch.autograd.grad(value.sum(), images)
+    assert torch.isfinite(grad).all() and (grad.flatten(1).norm(dim=1) > 0).all()
+    assert (judge(images.detach() + 1e-3 * grad / grad.std(), prompts) > value).all()
 
-def test_nothing_is_loaded_for_a_weight_of_zero():
+def test_nothing_is_loaded_for_a_weight_of_zero(tmp_path):
     settings = {k: v for k, v in vars(reward).items() if k.startswith('w_') or k.endswith('_path')}
     assert M.load_rewards({**settings, 'w_clip': 0.0}, 'no.pt', 'cpu') == {}
     exits_with(lambda: M.load_rewards(settings, 'no.pt', 'cpu'), 'no.pt', 'python reward.py')
-    with tempfile.TemporaryDirectory() as root:
-        loaded = M.load_rewards({**settings, 'w_clip': 2.0}, tiny_rewards(root), 'cpu')
-        assert list(loaded) == ['clip'] and loaded['clip'][0] == 2.0
-        total = M.reward_sum({'a': (2.0, loaded['clip'][1]), 'b': (3.0, lambda images, prompts: torch.ones(1))},
-                                  torch.zeros(1, 3, 32, 32), [RED])
-        assert torch.allclose(total, 2 * loaded['clip'][1](torch.zeros(1, 3, 32, 32), [RED]) + 3)
+    loaded = M.load_rewards({**settings, 'w_clip': 2.0}, tiny_rewards(tmp_path), 'cpu')
+    assert list(loaded) == ['clip'] and loaded['clip'][0] == 2.0
+    total = M.reward_sum({'a': (2.0, loaded['clip'][1]), 'b': (3.0, lambda images, prompts: torch.ones(1))},
+                              torch.zeros(1, 3, 32, 32), [RED])
+    assert torch.allclose(total, 2 * loaded['clip'][1](torch.zeros(1, 3, 32, 32), [RED]) + 3)
     with mock.patch.dict(sys.modules, transformers=None):
         exits_with(lambda: M.load_rewards({**settings, 'w_clip': 0.0, 'w_pick': 1.0}, '', 'cpu'),
                    'pip install transformers')
 
-def test_reward_gradients_reach_the_logits_and_nothing_frozen():
-    with tempfile.TemporaryDirectory() as root:
-        tokenizer = T.Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval().requires_grad_(False)
-        judge = M.world_reward(tiny_rewards(root), 'clip', 'cpu')
-        z = torch.randn(2, 64, 12, requires_grad=True)
-        for relax in ('soft', 'gumbel', 'st'):
-            grad, = torch.autograd.grad(judge(tokenizer.decode(M.relaxed(z, relax)), [RED] * 2).sum(), z)
-            assert torch.isfinite(grad).all() and grad.abs().max() > 0, relax
-        assert all(p.grad is None and not p.requires_grad for p in tokenizer.parameters())
+def test_reward_gradients_reach_the_logits_and_nothing_frozen(tmp_path):
+    tokenizer = T.Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval().requires_grad_(False)
+    judge = M.world_reward(tiny_rewards(tmp_path), 'clip', 'cpu')
+    z = torch.randn(2, 64, 12, requires_grad=True)
+    for relax in ('soft', 'gumbel', 'st'):
+        grad, = torch.autograd.grad(judge(tokenizer.decode(M.relaxed(z, relax)), [RED] * 2).sum(), z)
+        assert torch.isfinite(grad).all() and grad.abs().max() > 0, relax
+    assert all(p.grad is None and not p.requires_grad for p in tokenizer.parameters())
 
 def test_mixed_tokens_harm_by_their_weight():
     torch.manual_seed(0)
@@ -1718,20 +1681,19 @@ def test_reward_run_ends_with_its_tables_log_and_pictures():
     held, averages = [h['held_out'] for h in end['history']], [first['ema'], before['average'], end['average']]
     same(end['ema'], averages[held.index(max(held))])                        # the best by the held-out reward
 
-def test_rewards_are_ramped_in_limited_and_added_to_the_surrogate():
-    with tempfile.TemporaryDirectory() as root:
-        link_rewarded(root)
-        inner, kept = inside('reward.py', *TINY_REWARD, '--steps=1', f'--out_dir={root}'), []
-        fixed = dict(rng_for=lambda *_: torch.Generator().manual_seed(0), finish=lambda k: torch.zeros(()), steps=8)
-        for step in (0, 3):                                                      # the weight rises over the ramp
-            with mock.patch.dict(inner, fixed, step=step, ramp=1.0, image_clip=1e-4):
-                kept.append(inner['update']()[0]['grad_reward'])
-        assert torch.isclose(4 * kept[0], kept[1]) and inner['generator'].pos_emb.grad[:, :64].norm() < 1.01e-4
-        with mock.patch.dict(inner, fixed, dimo_grad=lambda z, *_: torch.full_like(z, 2), image_clip=0,
-                             reward_sum=lambda _, x, c: 0 * x.sum((1, 2, 3)),
-                             surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum()):
-            inner['update']()
-        assert (kept[-1] == 2 * reward.w_dimo).all()
+def test_rewards_are_ramped_in_limited_and_added_to_the_surrogate(tmp_path):
+    link_rewarded(tmp_path)
+    inner, kept = inside('reward.py', *TINY_REWARD, '--steps=1', f'--out_dir={tmp_path}'), []
+    fixed = dict(rng_for=lambda *_: torch.Generator().manual_seed(0), finish=lambda k: torch.zeros(()), steps=8)
+    for step in (0, 3):                                                      # the weight rises over the ramp
+        with mock.patch.dict(inner, fixed, step=step, ramp=1.0, image_clip=1e-4):
+            kept.append(inner['update']()[0]['grad_reward'])
+    assert torch.isclose(4 * kept[0], kept[1]) and inner['generator'].pos_emb.grad[:, :64].norm() < 1.01e-4
+    with mock.patch.dict(inner, fixed, dimo_grad=lambda z, *_: torch.full_like(z, 2), image_clip=0,
+                         reward_sum=lambda _, x, c: 0 * x.sum((1, 2, 3)),
+                         surrogate=lambda z, grad: kept.append(grad) or (0 * z).sum()):
+        inner['update']()
+    assert (kept[-1] == 2 * reward.w_dimo).all()
 
 def test_reward_models_learn_that_broken_images_show_nothing():
     source, tokenizer, scores = T.Images('shapes', 32, 64), T.Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval(), []
@@ -1743,22 +1705,21 @@ def test_reward_models_learn_that_broken_images_show_nothing():
         scores.append(net.score(net.image_features(images), net.text_features(T.word_ids(captions, T.WORDS, 8))).mean())
     assert scores[0] > -0.8 and scores[1] < -5                               # log P of true captions
 
-def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run():
-    with tempfile.TemporaryDirectory() as root:
-        link_rewarded(root)
-        must_run('reward.py', f'--out_dir={root}', *TINY_REWARD, '--w_dimo=0', '--warmup=0')
-        start, end = (torch.load(f'{root}/{stage}.pt') for stage in ('distill', 'reward'))
-        cond, means = start['prompts'][:200].long(), []
-        captions = [' '.join(T.WORDS[k] for k in row if k < len(T.WORDS)) for row in cond.tolist()]
-        judge = M.world_reward(f'{root}/rewards.pt', 'clip', 'cpu')
-        tokenizer = T.Tokenizer.from_checkpoint(start['tokenizer'])
-        for weights in (start['ema'], end['net']):
-            generator = M.MDM(**start['args'])
-            generator.load_state_dict(weights)
-            logits, _ = M.one_step(generator, cond, 0.9, 0.03, rng=torch.Generator().manual_seed(0))
-            means.append(judge(tokenizer.decode(logits.softmax(-1)), captions).mean().item())
-        print(f'    reward {means[0]:.4f} -> {means[1]:.4f}')
-        assert means[1] > means[0]
+def test_reward_alone_raises_the_reward_and_a_held_out_turn_ends_the_run(tmp_path):
+    link_rewarded(tmp_path)
+    must_run('reward.py', f'--out_dir={tmp_path}', *TINY_REWARD, '--w_dimo=0', '--warmup=0')
+    start, end = (torch.load(f'{tmp_path}/{stage}.pt') for stage in ('distill', 'reward'))
+    cond, means = start['prompts'][:200].long(), []
+    captions = [' '.join(T.WORDS[k] for k in row if k < len(T.WORDS)) for row in cond.tolist()]
+    judge = M.world_reward(f'{tmp_path}/rewards.pt', 'clip', 'cpu')
+    tokenizer = T.Tokenizer.from_checkpoint(start['tokenizer'])
+    for weights in (start['ema'], end['net']):
+        generator = M.MDM(**start['args'])
+        generator.load_state_dict(weights)
+        logits, _ = M.one_step(generator, cond, 0.9, 0.03, rng=torch.Generator().manual_seed(0))
+        means.append(judge(tokenizer.decode(logits.softmax(-1)), captions).mean().item())
+    print(f'    reward {means[0]:.4f} -> {means[1]:.4f}')
+    assert means[1] > means[0]
     assert not reward.has_turned([], 3) and not reward.has_turned([1, 5, 4, 3], 3) and not reward.has_turned([9, 1], 0)
     assert reward.has_turned([1, 5, 4, 3, 4.9], 3) and not reward.has_turned([1, 5, 4, 3, 6], 3)
 
@@ -1877,198 +1838,185 @@ def test_preprocessing_equals_pils_to_a_hundredth():
     x = (torch.rand(1, 3, 40, 50) * 2 - 1).requires_grad_()
     assert (torch.autograd.grad(M.pixels_224(x).square().sum(), x)[0] != 0).any(1).float().mean() > 0.7
 
-def test_clip_score_and_pickscore_follow_their_formulas():
+def test_clip_score_and_pickscore_follow_their_formulas(tmp_path):
     images = (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
-    with tempfile.TemporaryDirectory() as root:
-        model, ids = tiny_clip(root)
-        cosine = clip_cosine(model, images, ids)
-        for kind, scale in (('clipscore', 100), ('pick', model.logit_scale.exp())):
-            score = M.clip_reward(kind, root, root, 'cpu')(images, [RED, 'a circle'])
-            assert torch.allclose(score, scale * cosine, atol=1e-4)
-            grad, = torch.autograd.grad(score.sum(), images)
-            assert torch.isfinite(grad).all() and grad.abs().max() > 0
-        exits_with(lambda: M.clip_reward('pick', f'{root}/nowhere', root, 'cpu'), 'cannot load', 'nowhere')
-        half = {k: v for k, v in model.state_dict().items() if 'layers.1.mlp' not in k}
-        model.save_pretrained(f'{root}/half', state_dict=half)
-        exits_with(lambda: M.clip_reward('pick', f'{root}/half', root, 'cpu'), 'half: it has no', 'layers.1.mlp')
-
-def test_hps_is_read_from_open_clip_names():
-    images = torch.rand(2, 3, 40, 40) * 2 - 1
-    with tempfile.TemporaryDirectory() as root:
-        model, ids = tiny_clip(root)
-        state, names = model.state_dict(), {}
-        for old, new in (('visual.', 'vision_model.'), ('', 'text_model.')):
-            emb, layers = f'{new}embeddings.', f'{new}encoder.layers.'
-            for i in range(2):
-                for a, b in (('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'),
-                             ('mlp.c_proj', 'mlp.fc2'), ('attn.out_proj', 'self_attn.out_proj')):
-                    for end in ('weight', 'bias'):
-                        names[f'{old}transformer.resblocks.{i}.{a}.{end}'] = state[f'{layers}{i}.{b}.{end}']
-                for end in ('weight', 'bias'):
-                    names[f'{old}transformer.resblocks.{i}.attn.in_proj_{end}'] = torch.cat(
-                        [state[f'{layers}{i}.self_attn.{p}_proj.{end}'] for p in 'qkv'])
-            names[f'{old}positional_embedding'] = state[f'{emb}position_embedding.weight']
-        for end in ('weight', 'bias'):
-            names[f'visual.ln_pre.{end}'] = state[f'vision_model.pre_layrnorm.{end}']
-            names[f'visual.ln_post.{end}'] = state[f'vision_model.post_layernorm.{end}']
-            names[f'ln_final.{end}'] = state[f'text_model.final_layer_norm.{end}']
-        names |= {'visual.conv1.weight': state['vision_model.embeddings.patch_embedding.weight'],
-                  'visual.class_embedding': state['vision_model.embeddings.class_embedding'],
-                  'token_embedding.weight': state['text_model.embeddings.token_embedding.weight'],
-                  'visual.proj': state['visual_projection.weight'].T, 'logit_scale': state['logit_scale'],
-                  'text_projection': state['text_projection.weight'].T}
-        same(dict(sorted(M.from_open_clip(names).items())), dict(sorted(state.items())))
-        torch.save({'state_dict': names}, f'{root}/hps.pt')
-        score = M.clip_reward('hps', f'{root}/hps.pt', root, 'cpu')(images, [RED, 'a circle'])
-        assert torch.allclose(score, clip_cosine(model, images, ids), atol=1e-5)
-        exits_with(lambda: M.clip_reward('hps', f'{root}/no.pt', root, 'cpu'), 'no.pt: no such file', '--hps_path')
-        exits_with(lambda: M.image_reward(f'{root}/hps.pt', root, 'cpu'), "hps.pt: it has no 'visual.post_layernorm")
-        torch.save({'blip.a': torch.ones(1)}, f'{root}/other.pt')
-        exits_with(lambda: M.clip_reward('hps', f'{root}/other.pt', root, 'cpu'), "other.pt: it has no 'visual.proj'")
-
-def test_imagereward_reads_its_published_names():
-    t, images = transformers_or_skip(), (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
-    with tempfile.TemporaryDirectory() as root:
-        _, ids = tiny_clip(root)                                             # only its word tokenizer is used
-        text = t.BlipTextModel(t.BlipTextConfig(
-            vocab_size=6, hidden_size=24, encoder_hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-            num_attention_heads=12, max_position_embeddings=35, layer_norm_eps=1e-12), add_pooling_layer=False).eval()
-        eyes = t.BlipVisionModel(t.BlipVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=224, num_attention_heads=16,
-            patch_size=112, layer_norm_eps=1e-6)).eval()
-        widths = (24, 10, 9, 8, 7, 1)
-        layers = {k: torch.nn.Linear(a, b) for k, a, b in zip('02467', widths, widths[1:])}
-        published = {f'mlp.layers.{k}.{e}': v for k, m in layers.items() for e, v in m.state_dict().items()}
-        published |= {f'blip.text_encoder.{k}': v for k, v in text.state_dict().items()}
-        for key, value in eyes.state_dict().items():
-            for a, b in (('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
-                         ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'),
-                         ('self_attn.projection', 'attn.proj'), ('self_attn', 'attn'), ('layer_norm', 'norm'),
-                         ('post_layernorm', 'norm')):
-                key = key.replace(a, b)
-            published[f'blip.visual_encoder.{key}'] = value
-        torch.save({**published, 'blip.vision_proj.weight': torch.ones(1)}, f'{root}/ImageReward.pt')
-        score = M.image_reward(f'{root}/ImageReward.pt', root, 'cpu')(images, [RED, 'a circle'])
-        ids = torch.cat([ids, torch.zeros(2, 23).long()], 1)
-        seen = eyes(pixel_values=M.pixels_224(images)).last_hidden_state
-        h = text(ids, attention_mask=(ids > 0).long(), encoder_hidden_states=seen, is_decoder=False)[0][:, 0]
-        for layer in layers.values():
-            h = layer(h)
-        assert torch.allclose(score, (h[:, 0] - 0.16717362830052426) / 1.0333394966054072, atol=1e-4)
+    model, ids = tiny_clip(tmp_path)
+    cosine = clip_cosine(model, images, ids)
+    for kind, scale in (('clipscore', 100), ('pick', model.logit_scale.exp())):
+        score = M.clip_reward(kind, tmp_path, tmp_path, 'cpu')(images, [RED, 'a circle'])
+        assert torch.allclose(score, scale * cosine, atol=1e-4)
         grad, = torch.autograd.grad(score.sum(), images)
         assert torch.isfinite(grad).all() and grad.abs().max() > 0
+    exits_with(lambda: M.clip_reward('pick', f'{tmp_path}/nowhere', tmp_path, 'cpu'), 'cannot load', 'nowhere')
+    half = {k: v for k, v in model.state_dict().items() if 'layers.1.mlp' not in k}
+    model.save_pretrained(f'{tmp_path}/half', state_dict=half)
+    exits_with(lambda: M.clip_reward('pick', f'{tmp_path}/half', tmp_path, 'cpu'), 'half: it has no', 'layers.1.mlp')
+
+def test_hps_is_read_from_open_clip_names(tmp_path):
+    images = torch.rand(2, 3, 40, 40) * 2 - 1
+    model, ids = tiny_clip(tmp_path)
+    state, names = model.state_dict(), {}
+    for old, new in (('visual.', 'vision_model.'), ('', 'text_model.')):
+        emb, layers = f'{new}embeddings.', f'{new}encoder.layers.'
+        for i in range(2):
+            for a, b in (('ln_1', 'layer_norm1'), ('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'),
+                         ('mlp.c_proj', 'mlp.fc2'), ('attn.out_proj', 'self_attn.out_proj')):
+                for end in ('weight', 'bias'):
+                    names[f'{old}transformer.resblocks.{i}.{a}.{end}'] = state[f'{layers}{i}.{b}.{end}']
+            for end in ('weight', 'bias'):
+                names[f'{old}transformer.resblocks.{i}.attn.in_proj_{end}'] = torch.cat(
+                    [state[f'{layers}{i}.self_attn.{p}_proj.{end}'] for p in 'qkv'])
+        names[f'{old}positional_embedding'] = state[f'{emb}position_embedding.weight']
+    for end in ('weight', 'bias'):
+        names[f'visual.ln_pre.{end}'] = state[f'vision_model.pre_layrnorm.{end}']
+        names[f'visual.ln_post.{end}'] = state[f'vision_model.post_layernorm.{end}']
+        names[f'ln_final.{end}'] = state[f'text_model.final_layer_norm.{end}']
+    names |= {'visual.conv1.weight': state['vision_model.embeddings.patch_embedding.weight'],
+              'visual.class_embedding': state['vision_model.embeddings.class_embedding'],
+              'token_embedding.weight': state['text_model.embeddings.token_embedding.weight'],
+              'visual.proj': state['visual_projection.weight'].T, 'logit_scale': state['logit_scale'],
+              'text_projection': state['text_projection.weight'].T}
+    same(dict(sorted(M.from_open_clip(names).items())), dict(sorted(state.items())))
+    torch.save({'state_dict': names}, f'{tmp_path}/hps.pt')
+    score = M.clip_reward('hps', f'{tmp_path}/hps.pt', tmp_path, 'cpu')(images, [RED, 'a circle'])
+    assert torch.allclose(score, clip_cosine(model, images, ids), atol=1e-5)
+    exits_with(lambda: M.clip_reward('hps', f'{tmp_path}/no.pt', tmp_path, 'cpu'), 'no.pt: no such file', '--hps_path')
+    exits_with(lambda: M.image_reward(f'{tmp_path}/hps.pt', '', 'cpu'), "hps.pt: it has no 'visual.post_layernorm")
+    torch.save({'blip.a': torch.ones(1)}, f'{tmp_path}/other.pt')
+    exits_with(lambda: M.clip_reward('hps', f'{tmp_path}/other.pt', '', 'cpu'), "other.pt: it has no 'visual.proj'")
+
+def test_imagereward_reads_its_published_names(tmp_path):
+    t, images = transformers_or_skip(), (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
+    _, ids = tiny_clip(tmp_path)                                             # only its word tokenizer is used
+    text = t.BlipTextModel(t.BlipTextConfig(
+        vocab_size=6, hidden_size=24, encoder_hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=12, max_position_embeddings=35, layer_norm_eps=1e-12), add_pooling_layer=False).eval()
+    eyes = t.BlipVisionModel(t.BlipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=224, num_attention_heads=16,
+        patch_size=112, layer_norm_eps=1e-6)).eval()
+    widths = (24, 10, 9, 8, 7, 1)
+    layers = {k: torch.nn.Linear(a, b) for k, a, b in zip('02467', widths, widths[1:])}
+    published = {f'mlp.layers.{k}.{e}': v for k, m in layers.items() for e, v in m.state_dict().items()}
+    published |= {f'blip.text_encoder.{k}': v for k, v in text.state_dict().items()}
+    for key, value in eyes.state_dict().items():
+        for a, b in (('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
+                     ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'),
+                     ('self_attn.projection', 'attn.proj'), ('self_attn', 'attn'), ('layer_norm', 'norm'),
+                     ('post_layernorm', 'norm')):
+            key = key.replace(a, b)
+        published[f'blip.visual_encoder.{key}'] = value
+    torch.save({**published, 'blip.vision_proj.weight': torch.ones(1)}, f'{tmp_path}/ImageReward.pt')
+    score = M.image_reward(f'{tmp_path}/ImageReward.pt', tmp_path, 'cpu')(images, [RED, 'a circle'])
+    ids = torch.cat([ids, torch.zeros(2, 23).long()], 1)
+    seen = eyes(pixel_values=M.pixels_224(images)).last_hidden_state
+    h = text(ids, attention_mask=(ids > 0).long(), encoder_hidden_states=seen, is_decoder=False)[0][:, 0]
+    for layer in layers.values():
+        h = layer(h)
+    assert torch.allclose(score, (h[:, 0] - 0.16717362830052426) / 1.0333394966054072, atol=1e-4)
+    grad, = torch.autograd.grad(score.sum(), images)
+    assert torch.isfinite(grad).all() and grad.abs().max() > 0
 
 
 # -----------------------------------------------------------------------------
 # Files and errors
 
-def test_truncated_checkpoint_is_reported_and_the_previous_one_used():
-    with tempfile.TemporaryDirectory() as root:
-        path, steps = f'{root}/x.pt', []
-        for step in (1, 2):
-            T.save_checkpoint(path, dict(stage='distill', step=step, net=dict(w=torch.ones(1000))))
-        whole = open(path, 'rb').read()
-        open(path, 'wb').write(whole[:len(whole) // 2])
-        exits_with(lambda: T.load_checkpoint(path), path, 'truncated or not a checkpoint')
-        text = printed(lambda: steps.append(T.load_checkpoint(path, 'distill', fallback=True)['step']))
-        assert steps == [1] and 'truncated' in text and f'using the previous one, {root}/x.prev.pt' in text
+def test_truncated_checkpoint_is_reported_and_the_previous_one_used(tmp_path):
+    path, steps = f'{tmp_path}/x.pt', []
+    for step in (1, 2):
+        T.save_checkpoint(path, dict(stage='distill', step=step, net=dict(w=torch.ones(1000))))
+    whole = open(path, 'rb').read()
+    open(path, 'wb').write(whole[:len(whole) // 2])
+    exits_with(lambda: T.load_checkpoint(path), path, 'truncated or not a checkpoint')
+    text = printed(lambda: steps.append(T.load_checkpoint(path, 'distill', fallback=True)['step']))
+    assert steps == [1] and 'truncated' in text and f'using the previous one, {tmp_path}/x.prev.pt' in text
 
-def test_resuming_with_other_settings_or_another_tokenizer_is_said():
-    with tempfile.TemporaryDirectory() as root:
-        path, config = f'{root}/x.pt', dict(beta=0.1, seed=0, resume=False, out_dir='out')
-        T.save_checkpoint(path, dict(stage='distill', step=1, config=config))
-        resumed = lambda **changes: printed(lambda: T.load_resumed(path, 'distill', {**config, **changes}))
-        assert resumed(resume=True, out_dir='elsewhere') == ''
-        assert resumed(beta=0.2) == f'note: {path} continues with --beta=0.2 (it had 0.1)\n'
-        for script in ('distill.py', 'gan.py'):
-            folder, name = ready_for(script, f'{root}/{script}'), script.replace('.py', '.pt')
-            state = torch.load(f'{tiny_run()[0]}/{name}', weights_only=True)
-            state['tokenizer']['net'] = {k: v + 1 for k, v in state['tokenizer']['net'].items()}
-            torch.save(state, f'{folder}/{name}')
-            must_refuse(script, f'--out_dir={folder}', '--resume', words='different tokenizers')
+def test_resuming_with_other_settings_or_another_tokenizer_is_said(tmp_path):
+    path, config = f'{tmp_path}/x.pt', dict(beta=0.1, seed=0, resume=False, out_dir='out')
+    T.save_checkpoint(path, dict(stage='distill', step=1, config=config))
+    resumed = lambda **changes: printed(lambda: T.load_resumed(path, 'distill', {**config, **changes}))
+    assert resumed(resume=True, out_dir='elsewhere') == ''
+    assert resumed(beta=0.2) == f'note: {path} continues with --beta=0.2 (it had 0.1)\n'
+    for script in ('distill.py', 'gan.py'):
+        folder, name = ready_for(script, f'{tmp_path}/{script}'), script.replace('.py', '.pt')
+        state = torch.load(f'{tiny_run()[0]}/{name}', weights_only=True)
+        state['tokenizer']['net'] = {k: v + 1 for k, v in state['tokenizer']['net'].items()}
+        torch.save(state, f'{folder}/{name}')
+        must_refuse(script, f'--out_dir={folder}', '--resume', words='different tokenizers')
 
-def test_code_in_a_checkpoint_is_refused_and_not_executed():
-    with tempfile.TemporaryDirectory() as root:
-        class Bomb:
-            def __reduce__(self):
-                return os.mkdir, (f'{root}/executed',)
-        torch.save(dict(stage='distill', bomb=Bomb()), f'{root}/bomb.pt')
-        exits_with(lambda: T.load_checkpoint(f'{root}/bomb.pt'), 'refused', 'nothing in it was executed')
-        assert not os.path.exists(f'{root}/executed')
-        torch.load(f'{root}/bomb.pt', weights_only=False)
-        assert os.path.exists(f'{root}/executed')                               # it was a real one
+def test_code_in_a_checkpoint_is_refused_and_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (f'{tmp_path}/executed',)
+    torch.save(dict(stage='distill', bomb=Bomb()), f'{tmp_path}/bomb.pt')
+    exits_with(lambda: T.load_checkpoint(f'{tmp_path}/bomb.pt'), 'refused', 'nothing in it was executed')
+    assert not os.path.exists(f'{tmp_path}/executed')
+    torch.load(f'{tmp_path}/bomb.pt', weights_only=False)
+    assert os.path.exists(f'{tmp_path}/executed')                               # it was a real one
 
-def test_missing_foreign_and_wrong_checkpoints_are_explained():
-    with tempfile.TemporaryDirectory() as root:
-        def refused(name, *words):
-            call = lambda: T.load_checkpoint(f'{root}/{name}', hint='Train it.')
-            exits_with(call, f'{root}/{name}', 'Train it.', *words)
-        refused('no.pt', 'no such checkpoint')
-        torch.save({'weights': torch.ones(3)}, f'{root}/foreign.pt')
-        refused('foreign.pt', 'not a checkpoint of this project')
-        open(f'{root}/text.pt', 'w').write('hello')
-        refused('text.pt')
-        open(f'{root}/empty.pt', 'w').close()
-        refused('empty.pt', 'truncated or not a checkpoint')
-        T.save_checkpoint(f'{root}/t.pt', dict(stage='tokenizer', step=1))
-        exits_with(lambda: T.load_checkpoint(f'{root}/t.pt', 'model|distill'),
-                   'is a tokenizer checkpoint', 'expected model or distill')
-        T.save_checkpoint(f'{root}/t.pt', dict(stage='tokenizer', step=2))
-        exits_with(lambda: T.load_checkpoint(f'{root}/t.pt', 'model', fallback=True), 'is a tokenizer checkpoint')
-        exits_with(lambda: T.restore(small_model(), small_model(D=12).state_dict(), 'f.pt', 'net'),
-                   'f.pt: net does not fit', 'tok_emb.weight', 'size mismatch')
+def test_missing_foreign_and_wrong_checkpoints_are_explained(tmp_path):
+    def refused(name, *words):
+        call = lambda: T.load_checkpoint(f'{tmp_path}/{name}', hint='Train it.')
+        exits_with(call, f'{tmp_path}/{name}', 'Train it.', *words)
+    refused('no.pt', 'no such checkpoint')
+    torch.save({'weights': torch.ones(3)}, f'{tmp_path}/foreign.pt')
+    refused('foreign.pt', 'not a checkpoint of this project')
+    open(f'{tmp_path}/text.pt', 'w').write('hello')
+    refused('text.pt')
+    open(f'{tmp_path}/empty.pt', 'w').close()
+    refused('empty.pt', 'truncated or not a checkpoint')
+    T.save_checkpoint(f'{tmp_path}/t.pt', dict(stage='tokenizer', step=1))
+    exits_with(lambda: T.load_checkpoint(f'{tmp_path}/t.pt', 'model|distill'),
+               'is a tokenizer checkpoint', 'expected model or distill')
+    T.save_checkpoint(f'{tmp_path}/t.pt', dict(stage='tokenizer', step=2))
+    exits_with(lambda: T.load_checkpoint(f'{tmp_path}/t.pt', 'model', fallback=True), 'is a tokenizer checkpoint')
+    exits_with(lambda: T.restore(small_model(), small_model(D=12).state_dict(), 'f.pt', 'net'),
+               'f.pt: net does not fit', 'tok_emb.weight', 'size mismatch')
 
-def test_a_full_disk_loses_no_checkpoint():
-    with tempfile.TemporaryDirectory() as root:
-        path = f'{root}/x.pt'
-        T.save_checkpoint(path, dict(stage='distill', step=1))
-        code = FULL + f'import torch, tokenizer as T\nT.save_checkpoint({path!r}, dict(net=dict(w=torch.ones(9999))))'
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HERE)
-        assert done.returncode == 1 and done.stderr.startswith(f'cannot write {path}'), done.stderr
-        assert T.load_checkpoint(path)['step'] == 1 and os.listdir(root) == ['x.pt']
+def test_a_full_disk_loses_no_checkpoint(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    T.save_checkpoint(path, dict(stage='distill', step=1))
+    code = FULL + f'import torch, tokenizer as T\nT.save_checkpoint({path!r}, dict(net=dict(w=torch.ones(9999))))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and done.stderr.startswith(f'cannot write {path}'), done.stderr
+    assert T.load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['x.pt']
 
-def test_no_space_is_one_line():
-    with tempfile.TemporaryDirectory() as root:
-        for script in TINY:
-            folder = ready_for(script, f'{root}/{script}')
-            must_refuse(script, f'--out_dir={folder}', before=FULL, words=f'cannot write {folder}')
-        ask = ['--ckpt', f'{tiny_run()[0]}/distill.pt', f'--grid={root}/grid.png']
-        must_refuse('sample.py', *ask, before=FULL, words=f'cannot write {root}/grid.png')
+def test_no_space_is_one_line(tmp_path):
+    for script in TINY:
+        folder = ready_for(script, f'{tmp_path}/{script}')
+        must_refuse(script, f'--out_dir={folder}', before=FULL, words=f'cannot write {folder}')
+    ask = ['--ckpt', f'{tiny_run()[0]}/distill.pt', f'--grid={tmp_path}/grid.png']
+    must_refuse('sample.py', *ask, before=FULL, words=f'cannot write {tmp_path}/grid.png')
 
-def test_no_permission_is_one_line():
-    with tempfile.TemporaryDirectory() as root:
-        open(f'{root}/file', 'w').close()                                        # chmod would not stop root
-        must_refuse('tokenizer.py', f'--out_dir={root}/file/out', words=f'cannot write {root}/file/out')
-        exits_with(lambda: T.save_checkpoint(f'{root}/file/x.pt', {}), 'cannot write', '--out_dir')
+def test_no_permission_is_one_line(tmp_path):
+    open(f'{tmp_path}/file', 'w').close()                                        # chmod would not stop tmp_path
+    must_refuse('tokenizer.py', f'--out_dir={tmp_path}/file/out', words=f'cannot write {tmp_path}/file/out')
+    exits_with(lambda: T.save_checkpoint(f'{tmp_path}/file/x.pt', {}), 'cannot write', '--out_dir')
 
-def test_a_state_that_is_not_finite_is_never_saved():
-    with tempfile.TemporaryDirectory() as root:
-        for script, name in (('tokenizer.py', 'lr'), ('model.py', 'lr'), ('distill.py', 'generator_lr')):
-            folder = ready_for(script, f'{root}/{script}')
-            setting = f'--{name}=1e38'
-            must_refuse(script, f'--out_dir={folder}', setting, '--log_every=100', words='is not finite')
-            assert not os.path.exists(f'{folder}/{script[:-3]}.pt')
-        broken = dict(step=3, net=dict(w=torch.tensor([1.0, float('nan')])))
-        exits_with(lambda: T.save_checkpoint(f'{root}/x.pt', broken), 'not finite at step 3')
-        assert not os.path.exists(f'{root}/x.pt')
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    for script, name in (('tokenizer.py', 'lr'), ('model.py', 'lr'), ('distill.py', 'generator_lr')):
+        folder = ready_for(script, f'{tmp_path}/{script}')
+        setting = f'--{name}=1e38'
+        must_refuse(script, f'--out_dir={folder}', setting, '--log_every=100', words='is not finite')
+        assert not os.path.exists(f'{folder}/{script[:-3]}.pt')
+    broken = dict(step=3, net=dict(w=torch.tensor([1.0, float('nan')])))
+    exits_with(lambda: T.save_checkpoint(f'{tmp_path}/x.pt', broken), 'not finite at step 3')
+    assert not os.path.exists(f'{tmp_path}/x.pt')
 
-def test_a_teacher_and_a_generator_must_share_their_tokenizer():
+def test_a_teacher_and_a_generator_must_share_their_tokenizer(tmp_path):
     a, b = ({'tokenizer': small_tokenizer().pack()} for _ in range(2))
     M.same_tokens(a, b, 'x.pt', 'y.pt')
     b['tokenizer']['net'] = {k: v + 1 for k, v in b['tokenizer']['net'].items()}
     exits_with(lambda: M.same_tokens(a, b, 'x.pt', 'y.pt'), 'x.pt and y.pt', '--teacher_ckpt')
     exits_with(lambda: M.same_tokens(a, {'tokenizer': {'kind': 'maskgit'}}, 'x.pt', 'y.pt'), 'different tokenizers')
-    with tempfile.TemporaryDirectory() as root:                                  # the same of published ones, by hash
-        path = f'{root}/tokenizer.bin'
-        for k, saved in enumerate(packs := [{}, {}]):
-            tokenizer = mini_tokenizer('maskbit')
-            torch.nn.init.constant_(tokenizer.decoder.conv_out.weight, k)
-            torch.save(published(tokenizer, 'maskbit'), path)
-            saved['tokenizer'] = T.Tokenizer.from_pretrained('maskbit', path, tokenizer.grid).pack()
-        M.same_tokens(packs[1], packs[1], 'x.pt', 'y.pt')
-        exits_with(lambda: M.same_tokens(*packs, 'x.pt', 'y.pt'), 'different tokenizers')
-        T.Tokenizer.from_checkpoint(packs[1]['tokenizer'])
-        exits_with(lambda: T.Tokenizer.from_checkpoint(packs[0]['tokenizer']), 'other weights', '--tokenizer_path')
+    for k, saved in enumerate(packs := [{}, {}]):                                # the same of published ones, by hash
+        tokenizer = mini_tokenizer('maskbit')
+        torch.nn.init.constant_(tokenizer.decoder.conv_out.weight, k)
+        torch.save(published(tokenizer, 'maskbit'), path := f'{tmp_path}/tokenizer.bin')
+        saved['tokenizer'] = T.Tokenizer.from_pretrained('maskbit', path, tokenizer.grid).pack()
+    M.same_tokens(packs[1], packs[1], 'x.pt', 'y.pt')
+    exits_with(lambda: M.same_tokens(*packs, 'x.pt', 'y.pt'), 'different tokenizers')
+    T.Tokenizer.from_checkpoint(packs[1]['tokenizer'])
+    exits_with(lambda: T.Tokenizer.from_checkpoint(packs[0]['tokenizer']), 'other weights', '--tokenizer_path')
 
 def test_other_optimizers_than_the_saved_ones_are_explained():
     made = lambda rate: M.make_optimizers(small_model(), rate, 1e-3, (0.9, 0.99))
@@ -2083,31 +2031,30 @@ def test_ctrl_c_ends_with_one_line():
         T.report_error(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert told.getvalue() == 'stopped\n'
 
-def test_errors_of_the_scripts_are_one_line():
-    with tempfile.TemporaryDirectory() as root:
-        folder, done = ready_for('distill.py', f'{root}/out'), tiny_run()[0]
-        teacher = ('sample.py', f'--ckpt={done}/model.pt')
-        cases = [(('distill.py', '--batchsize=3'), 'unknown setting --batchsize; did you mean --batch_size?'),
-                 (('distill.py', '--clip=x'), "--clip takes a value of type float (default 1.0), not 'x'"),
-                 (('distill.py', '--p_full=0.5', '--p_near=0.6'), 'are shares of one whole'),
-                 (('distill.py', '--micro_batch=3'), 'batch_size 8 is not a multiple of 1 process(es) x 3'),
-                 (('distill.py', '--teacher_ckpt=no.pt'), 'no.pt: no such checkpoint'),
-                 (('distill.py', f'--teacher_ckpt={folder}/tokenizer.pt'), 'is a tokenizer checkpoint'),
-                 (('distill.py', f'--out_dir={folder}', '--resume'), 'Start without --resume'),
-                 (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
-                 (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
-                 (('gan.py', '--relax=hard'), "'soft', 'gumbel', 'st'"),
-                 (('gan.py', '--bench', '--steps=0'), 'expected at least 1'),
-                 (('tokenizer.py', '--ch_mult=1,1,1,1,1,1,1'), 'image_size 32 is not a multiple of 64'),
-                 (('model.py', f'--out_dir={folder}', '--n_head=5'), 'not a multiple of n_head'),
-                 ((*teacher, '--prompt', 'a purple circle'), "unknown word 'purple'"),
-                 ((*teacher, '--label=cat'), '--prompt'),
-                 ((*teacher, '--steps=99'), 'more than the 64 tokens'),
-                 ((*teacher, '--metrics', '--n_metrics=2'), '--n_metrics'),
-                 ((*teacher, '--metrics', '--prompt', 'a circle'), 'leave out --prompt'),
-                 (('sample.py', f'--ckpt={done}/distill.pt', '--steps=4'), 'is a one-step generator')]
-        for arguments, words in cases:
-            must_refuse(*arguments, words=words)
+def test_errors_of_the_scripts_are_one_line(tmp_path):
+    folder, done = ready_for('distill.py', tmp_path), tiny_run()[0]
+    teacher = ('sample.py', f'--ckpt={done}/model.pt')
+    cases = [(('distill.py', '--batchsize=3'), 'unknown setting --batchsize; did you mean --batch_size?'),
+             (('distill.py', '--clip=x'), "--clip takes a value of type float (default 1.0), not 'x'"),
+             (('distill.py', '--p_full=0.5', '--p_near=0.6'), 'are shares of one whole'),
+             (('distill.py', '--micro_batch=3'), 'batch_size 8 is not a multiple of 1 process(es) x 3'),
+             (('distill.py', '--teacher_ckpt=no.pt'), 'no.pt: no such checkpoint'),
+             (('distill.py', f'--teacher_ckpt={folder}/tokenizer.pt'), 'is a tokenizer checkpoint'),
+             (('distill.py', f'--out_dir={folder}', '--resume'), 'Start without --resume'),
+             (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
+             (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
+             (('gan.py', '--relax=hard'), "'soft', 'gumbel', 'st'"),
+             (('gan.py', '--bench', '--steps=0'), 'expected at least 1'),
+             (('tokenizer.py', '--ch_mult=1,1,1,1,1,1,1'), 'image_size 32 is not a multiple of 64'),
+             (('model.py', f'--out_dir={folder}', '--n_head=5'), 'not a multiple of n_head'),
+             ((*teacher, '--prompt', 'a purple circle'), "unknown word 'purple'"),
+             ((*teacher, '--label=cat'), '--prompt'),
+             ((*teacher, '--steps=99'), 'more than the 64 tokens'),
+             ((*teacher, '--metrics', '--n_metrics=2'), '--n_metrics'),
+             ((*teacher, '--metrics', '--prompt', 'a circle'), 'leave out --prompt'),
+             (('sample.py', f'--ckpt={done}/distill.pt', '--steps=4'), 'is a one-step generator')]
+    for arguments, words in cases:
+        must_refuse(*arguments, words=words)
 
 
 # -----------------------------------------------------------------------------
@@ -2139,9 +2086,10 @@ def attempt(name):
     """Run one test -> (outcome, seconds, reason or traceback)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    clock, outcome, note = time.time(), 'passed', ''
+    clock, outcome, note, test = time.time(), 'passed', '', globals()[name]
     try:
-        globals()[name]()
+        with tempfile.TemporaryDirectory() as folder:                            # pytest's tmp_path
+            test(*[pathlib.Path(folder) for _ in inspect.signature(test).parameters])
     except SkipTest as reason:
         outcome, note = 'skipped', f': {reason}'
     except (Exception, SystemExit):
