@@ -243,9 +243,9 @@ def test_image_i_is_the_same_on_every_machine():
     assert names == captions and (F.avg_pool2d(large, 2) - images).abs().max() < 0.1 and T.check(large, names).all()
 
 def test_drawing_10000_images_takes_seconds():
-    start = time.time()
+    start = time.process_time()                                              # the machine may be busy
     images, captions = T.draw(range(10_000))
-    seconds = time.time() - start
+    seconds = time.process_time() - start
     print(f'    10,000 images in {seconds:.1f} s')
     assert seconds < 30 and images.shape == (10_000, 3, 32, 32) and images.abs().max() <= 1
     assert set(' '.join(captions).split()) == set(T.WORDS)                   # none is unknown, none is unused
@@ -1751,15 +1751,12 @@ def test_resuming_with_other_settings_or_another_tokenizer_is_said(tmp_path):
         torch.save(state, f'{folder}/{name}')
         must_refuse(script, f'--out_dir={folder}', '--resume', words='different tokenizers')
 
-class Bomb:
-    """Calls a function when it is unpickled."""
-    def __init__(self, function, argument):
-        self.call = function, (argument,)
-
-    def __reduce__(self):
-        return self.call
-
 def test_code_in_a_file_is_never_executed(tmp_path):
+    class Bomb:
+        def __init__(self, function, argument):
+            self.call = function, (argument,)
+        def __reduce__(self):
+            return self.call
     path, trace = f'{tmp_path}/bomb.pt', f'{tmp_path}/executed'
     for function, argument in ((os.system, f'mkdir {trace}'), (os.mkdir, trace),
                                (subprocess.getoutput, f'mkdir {trace}'), (eval, f'__import__("os").mkdir("{trace}")')):
