@@ -379,7 +379,7 @@ if __name__ == '__main__':
             break
         # -------------------------------------------------------------------------
         numbers, logits = update()
-        for key in numbers.keys() - {'divergence', 'norm_generator', 'norm_aux', 'norm_disc'}:
+        for key in (k for k in numbers if k != 'divergence' and not k.startswith('norm_')):  # in order: equal files
             smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
         step += 1
         bar.update()

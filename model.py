@@ -963,12 +963,12 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     try:
         net = MDM(N, tokenizer.V, D, depth, n_head, len(words), T).to(device)
+        optimizers = make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay)
     except ValueError as error:
         raise SystemExit(f'model.py: {error}') from None
     same_weights(net)
     average = MDM(**net.config).to(device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
-    optimizers = make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay)
     step, stop, smooth = 0, Stop(), torch.zeros((), device=device)
     if resume:
         state = load_resumed(out, 'model', config)

@@ -1131,10 +1131,10 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     try:
         net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
+                                      fused=device.type == 'cuda')
     except (ValueError, ZeroDivisionError) as error:
         raise SystemExit(f'tokenizer.py: {error}') from None
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
-                                  fused=device.type == 'cuda')
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
     if resume:
         state = load_resumed(out, 'tokenizer', config)
