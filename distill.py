@@ -10,6 +10,7 @@ and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
+$ python distill.py --steps=6000 --cooldown=1 --p_near=0.75   # twice the time, a student with fewer dropped modes
 $ python distill.py --steps=20 --n_eval=200             # smoke test, seconds once the teacher is there
 $ python distill.py --teacher=maskgit --teacher_path=... --tokenizer_path=...   # published weights, see README.md
 $ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
