@@ -4,13 +4,12 @@ Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many st
 Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
 losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
 one auxiliary pass both losses: 8 forward-equivalents per guided step instead of 10, a backward counting two
-(--reuse=false: the released order); nine re-maskings of ten hide all or nearly all, as choices of the whole image are
-judged only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher,
-and its own samples.
+(--reuse=false: the released order); each re-masking hides all or nearly all, as choices of the whole image are judged
+only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher, and its
+own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
-$ python distill.py --steps=6000 --cooldown=1 --p_near=0.75   # twice the time, a student with fewer dropped modes
 $ python distill.py --steps=20 --n_eval=200             # smoke test, seconds once the teacher is there
 $ python distill.py --teacher=maskgit --teacher_path=... --tokenizer_path=...   # published weights, see README.md
 $ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
@@ -57,7 +56,7 @@ aux_muon = 0.02        # the same for the auxiliary model
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 50            # steps of linear warm-up; paper 100
-cooldown = 0.4         # last share of the steps over which the rates fall to 5 %; paper 0
+cooldown = 1.0         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGIT), .5 (Meissonic)
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
@@ -66,7 +65,7 @@ cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (Mask
 tau = 1.0              # temperature of the one-step sample
 schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.25          # share of re-maskings that hide everything, where global choices are judged; paper 0
-p_near = 0.65          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
+p_near = 0.75          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
@@ -83,7 +82,7 @@ bench = False          # time 20 steps and stop
 
 def train_missing(data, out_dir, seed):
     """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
-    for script, minutes in (('tokenizer', 2), ('model', 4)):
+    for script, minutes in (('tokenizer', 3), ('model', 4)):
         path = os.path.join(out_dir, f'{script}.pt')
         def saved():
             there = os.path.exists(path) or os.path.exists(previous(path))

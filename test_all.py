@@ -1014,7 +1014,7 @@ def test_missing_or_unfinished_teacher_is_trained_first(tmp_path):
             return [call.args[0][1:] for call in launched.call_args_list], text.getvalue()
         commands, text = trained(f'{tmp_path}/new')
         assert commands == [[f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={tmp_path}/new']]
-        assert 'tokenizer.pt is missing' in text and '2 minutes' in text
+        assert 'tokenizer.pt is missing' in text and '3 minutes' in text
         launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]        # Ctrl-C: wait until the child has saved
         assert len(trained(f'{tmp_path}/new')[0]) == 1 and launched.return_value.wait.call_count == 2
         launched.return_value.wait.side_effect = None
