@@ -63,9 +63,9 @@ sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (Mas
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
 tau = 1.0              # temperature of the one-step sample
-schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.25          # share of re-maskings that hide everything, where global choices are judged; paper 0
 p_near = 0.75          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
+schedule = 'arccos'    # law of the ratio of the others, none by default: arccos (MaskGIT) or cosine (Meissonic)
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's

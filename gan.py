@@ -73,9 +73,9 @@ cooldown = 0.8         # last share of the steps over which the rates fall to 5 
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 beta = 0.0             # generalized Jeffreys: 0 forward KL, which covers modes; 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
-schedule = 'arccos'    # law of the re-masking ratio: arccos (MaskGIT) or cosine (Meissonic)
 p_full = 0.25          # share of re-maskings that hide everything; paper 0
 p_near = 0.75          # share that shows 1 to N / 8 tokens; paper 0
+schedule = 'arccos'    # law of the ratio of the others, none by default: arccos (MaskGIT) or cosine (Meissonic)
 label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled (below .985 for 600 steps); paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's

@@ -54,7 +54,7 @@ n_res = 1              # residual blocks per level; VQGAN 2
 n_codes = 128          # codebook size V; VQGAN 1024
 code_dim = 8           # numbers per code
 # training
-steps = 1200           # updates; with half of them the reconstruction error is three to five times as large
+steps = 1200           # updates; with half of them the squared error is three to five times as large
 warmup_free = 100      # first updates without quantisation, after which the codebook is set from encoder outputs
 batch_size = 64        # images per update, all processes together
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
