@@ -56,6 +56,7 @@ grid = ''              # picture to write, '' = samples.png beside the checkpoin
 png_dir = ''           # also write every image as a PNG file into this folder
 metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
+n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
 inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
@@ -268,7 +269,7 @@ if __name__ == '__main__':
         if not (data or state['data']):
             raise SystemExit('sample.py: nothing to measure against; give --data=FOLDER, or --inception and --ref')
         source = Images(data or state['data'], tokenizer.config['image_size'], expected=words)
-        reference = Reference(source)
+        reference = Reference(source, n_reference)
         captions, real = reference.prompts(n_metrics)
         settings = [(cfg_scale, gumbel)]
         if sweep:

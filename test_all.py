@@ -438,15 +438,19 @@ def test_a_new_codebook_has_codes_for_rare_patches():
     place = torch.tensor([0.0, 0.0, 9.0, -9.0])[torch.cat([torch.zeros(500), torch.arange(4)]).long()]
     z = place[:, None] + 1e-3 * torch.randn(504, 1)
     for k in range(20):
-        assert {round(v) for v in T.spread_out(z, 3, torch.Generator().manual_seed(k))[:, 0].tolist()} == {0, 9, -9}
+        rng = torch.Generator().manual_seed(k)
+        new = lambda n, *rest: {round(v) for v in T.spread_out(z, n, rng, *rest)[:, 0].tolist()}
+        assert new(3, z[:0]) == {0, 9, -9} and new(2, z[:1]) == {9, -9} and new(1, z[[0, 1, -1]], 1.0) == {9}
 
-def test_a_code_that_no_patch_chooses_is_revived_and_no_other(tmp_path):
-    chosen = 'import torch\ntorch.bincount = lambda x, minlength: (torch.arange(minlength) != 3).long()\n'
-    must_run('tokenizer.py', f'--out_dir={tmp_path}', '--lr=0', '--steps=64', '--save_every=45', before=chosen)
-    before, after = (torch.load(f'{tmp_path}/tokenizer{k}.pt')['net'] for k in ('.prev', ''))    # steps 45 and 64
-    moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
-    assert moved.nonzero().tolist() == [[3]]
-    same(before, after)
+def test_codes_without_use_or_beside_a_busier_one_move_and_no_others(tmp_path):
+    chosen = 'import torch\ntorch.bincount = lambda x, minlength: torch.arange(minlength).sub(3).abs()\n'
+    for apart, expected in ((0, [3]), (1e9, list(range(31)))):                # uses 3 2 1 0 1 ... 28
+        must_run('tokenizer.py', f'--out_dir={tmp_path}', '--lr=0', '--steps=52', '--save_every=49', f'--apart={apart}',
+                 before=chosen)
+        before, after = (torch.load(f'{tmp_path}/tokenizer{k}.pt')['net'] for k in ('.prev', ''))  # steps 49 and 52
+        moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
+        assert moved.nonzero()[:, 0].tolist() == expected
+        same(before, after)
 
 def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment(tmp_path):
     inner = inside('tokenizer.py', '--commitment=0', f'--out_dir={tmp_path}')
@@ -981,8 +985,9 @@ def test_sampling_writes_the_same_image_whatever_the_batch(tmp_path):
 
 def test_a_sweep_measures_sixteen_settings_and_prints_sample_count_seeds_and_reference(tmp_path):
     folder = ready_for('distill.py', tmp_path)
-    text = must_run('sample.py', f'--ckpt={folder}/model.pt', '--sweep', '--steps=2', '--n_metrics=30')
-    assert '30 images per row' in text and '5000 held-out renders' in text and 'seeds (0, 0..29)' in text
+    text = must_run('sample.py', f'--ckpt={folder}/model.pt', '--sweep', '--steps=2', '--n_metrics=30',
+                    '--n_reference=600')
+    assert '30 images per row' in text and '600 held-out renders' in text and 'seeds (0, 0..29)' in text
     assert all(task in text for task in T.TASKS)
     rows = json.load(open(f'{folder}/model-sweep.json'))['rows']
     assert len({r['name'] for r in rows} - {'real images'}) == 16 and all(r['toy_fd'] > 0 for r in rows), rows

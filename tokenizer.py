@@ -59,6 +59,7 @@ warmup_free = 100      # first updates without quantisation, after which the cod
 batch_size = 64        # images per update, all processes together
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 lr = 2e-3              # AdamW, falls to a tenth along a cosine
+apart = 8.0            # a code nearer to a busier one than this many mean squared distances of patch and code moves on
 commitment = 0.25      # weight of the commitment loss; VQ-VAE .25
 # system
 compile = False        # torch.compile the network
@@ -690,15 +691,17 @@ def published_name(key, kind, depth):
     return re.sub(r'sample\.', 'sample.conv.', key).replace('codebook', 'quantize.embedding')
 
 
-def spread_out(z, k, rng):
+def spread_out(z, k, rng, taken, near=0.0):
     """k rows of z (M, d), each drawn with probability proportional to its squared distance from those already drawn
-    (k-means++, Arthur & Vassilvitskii 2007): codes for rare patches too, not just for the background."""
-    chosen = [int(torch.randint(len(z), (1,), generator=rng))]
-    distance = torch.full((len(z),), torch.inf)
-    for _ in range(k - 1):
-        distance = torch.minimum(distance, (z - z[chosen[-1]]).square().sum(1))
-        chosen.append(int(torch.multinomial(distance + 1e-12, 1, generator=rng)))
-    return z[chosen]
+    and from taken (K, d), K >= 0 (k-means++, Arthur & Vassilvitskii 2007), none below `near`: codes for rare patches
+    too, not just for the background."""
+    chosen = taken if len(taken) else z[torch.randint(len(z), (1,), generator=rng)]
+    distance = torch.cdist(z, chosen).square().amin(1)
+    while len(chosen) < len(taken) + k:
+        row = z[torch.multinomial(distance * (distance > near) + 1e-12, 1, generator=rng)]
+        distance = torch.minimum(distance, (z - row).square().sum(1))
+        chosen = torch.cat([chosen, row])
+    return chosen[len(taken):]
 
 
 # -----------------------------------------------------------------------------
@@ -1126,7 +1129,7 @@ if __name__ == '__main__':
     config = configure(globals())
     rank, world, device, autocast = start_processes()
     micro, accumulate = split_batch(batch_size, micro_batch, world)
-    warmup_free = min(warmup_free, steps // 2)                                # short runs get a codebook too
+    warmup_free = max(1, min(warmup_free, steps // 2))                        # short runs get a codebook too
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
     torch.manual_seed(seed)
     try:
@@ -1169,13 +1172,24 @@ if __name__ == '__main__':
         norm = apply_gradients(list(net.parameters()), [optimizer], accumulate * world)
         return (y - x).detach().abs().mean(), vq.detach(), norm
 
-    def new_codes(k):
-        """k codebook rows from fresh encoder outputs, the same on every process."""
-        rng = rng_for(seed, step, -1)
+    def renew_codes():
+        """Set the codebook from fresh encoder outputs or, later, move those codes there which no patch has chosen
+        lately or which lie beside a busier one, so that nothing but noise decides between the two."""
+        if world > 1:
+            dist.all_reduce(usage)
+        rng, codes = rng_for(seed, step, -1), net.codebook.weight.data
         x = images.batch(torch.randint(images.length, (min(256, images.length),), generator=rng).tolist())[0]
         with torch.no_grad():
-            z = torch.cat([net.latents(part.to(device)).float() for part in x.split(net.batch)])
-            return spread_out(z.flatten(0, 1).cpu(), k, rng).to(device)
+            z = torch.cat([net.latents(part.to(device)).float() for part in x.split(net.batch)]).flatten(0, 1)
+        near = apart * (z - codes[net.nearest(z)]).square().sum(1).mean().item()
+        beside = (torch.cdist(codes, codes).square() < near) & (usage > usage[:, None])
+        dead = (usage < 1) | beside.any(1)
+        if step == warmup_free:
+            near, dead = 0.0, torch.ones_like(dead)
+        if dead.any():
+            codes[dead] = spread_out(z.cpu(), int(dead.sum()), rng, codes[~dead].cpu(), near).to(device)
+            same_weights(net)                                                # equal but for a last bit, which can grow
+        usage.zero_()
 
     if bench:
         report_bench(update, batch_size, device, autocast)
@@ -1196,15 +1210,6 @@ if __name__ == '__main__':
             save_grid(f'{out_dir}/tokenizer.png', pairs)
         if ending:
             break
-        # Set the codebook from data, then revive codes that no patch has chosen lately
-        if step == warmup_free or step > warmup_free and step % 50 == 0 and step < 0.8 * steps:
-            if world > 1:
-                dist.all_reduce(usage)
-            dead = (usage < 1) | (step == warmup_free)
-            if dead.any():
-                net.codebook.weight.data[dead] = new_codes(int(dead.sum()))
-                same_weights(net)                                            # equal but for a last bit, which can grow
-            usage.zero_()
         # -------------------------------------------------------------------------
         error, vq, norm = update()
         step += 1
@@ -1216,6 +1221,8 @@ if __name__ == '__main__':
                        used=int((usage > 0).sum()))
             bar.set_postfix(row, refresh=False)
             log.write(row)
+        if step == warmup_free or step > warmup_free and (step % 50 == 0 or step == steps):
+            renew_codes()
     if rank == 0:
         bar.close()
         with torch.no_grad():
