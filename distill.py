@@ -50,9 +50,10 @@ steps = 3000           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 3e-4    # Adam; paper 1e-5 on everything (174 M parameters)
-aux_lr = 1e-3          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
+aux_lr = 5e-4          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
 generator_muon = 0.004  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
-aux_muon = 0.02        # the same for the auxiliary model
+aux_muon = 0.01        # the same for the auxiliary model: higher rates make it too noisy to see what is coupled
+aux_momentum = 0.8     # its Muon's, less than the generator's .95 to follow it sooner
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 50            # steps of linear warm-up; paper 100
@@ -137,7 +138,7 @@ if __name__ == '__main__':
             table.requires_grad_(False)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
     optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2)),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2))]
+                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum)]
     step, stop, smooth = 0, Stop(), {}
     if resume:
         state = load_resumed(out, 'distill', config)

@@ -568,7 +568,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(some, x.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
+def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0, momentum=0.95):
     """Muon for the matrices of trunk or heads, AdamW for the rest -> list of optimizers; muon_lr = 0 gives everything
     to AdamW, as the papers do. Each keeps its peak rate in optimizer.peak for `set_rate`."""
     trunk = [p for name, p in network.named_parameters()
@@ -576,7 +576,7 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0):
     rest = [p for p in network.parameters() if p.requires_grad and all(p is not q for q in trunk)]
     adam = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0 if muon_lr else weight_decay,
                              fused=rest[0].is_cuda)
-    optimizers = [adam] + ([Muon(trunk, muon_lr, weight_decay)] if trunk else [])
+    optimizers = [adam] + ([Muon(trunk, muon_lr, weight_decay, momentum)] if trunk else [])
     for optimizer in optimizers:
         optimizer.peak = optimizer.param_groups[0]['lr']                     # not saved: a resumed run takes the flag's
     return optimizers

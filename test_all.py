@@ -757,7 +757,7 @@ def test_bias_of_soft_embeddings_obeys_its_bound():
 def test_muon_equals_torchs():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in ((6, 4), (4, 4), (4, 9), (6, 4))] for _ in range(2))
-    optimizers = M.Muon(ours, 0.1, 0.01), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01)
+    optimizers = M.Muon(ours, 0.1, 0.01, 0.8), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, momentum=0.8)
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape)
@@ -879,6 +879,7 @@ def test_the_released_order_gives_the_auxiliary_model_a_draw_of_its_own(tmp_path
         inner['update']()
     (x_t, hidden), (tokens, mask) = kept[-2:]
     assert len(kept) == 3 and torch.equal(hidden, mask) and torch.equal(x_t[~mask], tokens[~mask])
+    assert [o[-1].param_groups[0]['momentum'] for o in inner['optimizers']] == [0.95, inner['aux_momentum']]
 
 def test_the_gan_gradient_alone_deceives_a_frozen_discriminator(tmp_path):
     folder = ready_for('gan.py', tmp_path)

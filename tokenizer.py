@@ -59,7 +59,7 @@ warmup_free = 100      # first updates without quantisation, after which the cod
 batch_size = 64        # images per update, all processes together
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 lr = 2e-3              # AdamW, falls to a tenth along a cosine
-apart = 8.0            # a code nearer to a busier one than this many mean squared distances of patch and code moves on
+apart = 8.0            # codes nearer to a busier one than this many mean squared errors of quantisation move on
 commitment = 0.25      # weight of the commitment loss; VQ-VAE .25
 # system
 compile = False        # torch.compile the network
@@ -718,7 +718,7 @@ LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_
                                          'aux_muon', 'disc_muon', 'weight_decay', 'warmup', 'disc_warmup', 'patience',
                                          'clip', 'image_clip', 'reward_steps', 'warmup_free'), 0))
 SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing',
-          'beta1', 'beta2', 'ema_decay')
+          'beta1', 'beta2', 'ema_decay', 'aux_momentum')
 
 
 def configure(g, argv=None):
