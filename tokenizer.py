@@ -716,7 +716,7 @@ LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_
              n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1, reward_batch=2,
              n_wrong=1, **dict.fromkeys(('generator_lr', 'aux_lr', 'disc_lr', 'reward_lr', 'muon_lr', 'generator_muon',
                                          'aux_muon', 'disc_muon', 'weight_decay', 'warmup', 'disc_warmup', 'patience',
-                                         'clip', 'image_clip', 'reward_steps', 'warmup_free'), 0))
+                                         'clip', 'image_clip', 'reward_steps', 'warmup_free', 'apart'), 0))
 SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing',
           'beta1', 'beta2', 'ema_decay', 'aux_momentum')
 
