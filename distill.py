@@ -63,7 +63,8 @@ r_init = 0.9           # masked share of the generator's input; paper .6 (MaskGI
 sigma_init = 0.03      # std of the noise on its token embeddings; paper .1 (MaskGIT), .3 (Meissonic)
 beta = 0.1             # generalized Jeffreys: 0 forward KL, 1 reverse KL; released MaskGIT run -0.2
 cfg_scale = 1.0        # teacher guidance u + s (c - u), 1 = none; paper 2 (MaskGIT)
-tau = 1.0              # temperature of the one-step sample
+tau = 1.0              # temperature of the one-step sample in training
+tau_sample = 0.3       # the same in pictures and tables: tokens agree better, x_init keeps the variety
 p_full = 0.25          # share of re-maskings that hide everything, where global choices are judged; paper 0
 p_near = 0.75          # share that shows 1 to N / 8 tokens, where independent choices are told apart; paper 0
 schedule = 'arccos'    # law of the ratio of the others, none by default: arccos (MaskGIT) or cosine (Meissonic)
@@ -212,7 +213,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau, rng)[1]
+    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau_sample, rng)[1]
     many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
     teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None

@@ -174,7 +174,7 @@ if __name__ == '__main__':
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
     if untrained:
         packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1, tau=1.0))
+        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1, tau=1.0, tau_sample=1.0))
     else:
         start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
         data = data or start['data']
@@ -182,9 +182,9 @@ if __name__ == '__main__':
             raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER of class folders')
         packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
         same_tokens(packed, start, teacher_path, init)
-    for key in ('r_init', 'sigma_init', 'tau'):               # what the generator was made for
-        config[key] = start['config'][key]
-    r_init, sigma_init, tau = config['r_init'], config['sigma_init'], config['tau']
+    made = {key: start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample')}
+    config.update(made)                                       # what the generator was made for
+    r_init, sigma_init, tau, tau_sample = made.values()
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer'], tokenizer_path).to(device)
     words, T = packed['words'], start['args']['T']
 
@@ -328,7 +328,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng)[1]
+    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau_sample, rng)[1]
     many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
     conditions = lambda captions: word_ids(captions, words, T).to(device)
     gap_cond = some_prompts(250)

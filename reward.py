@@ -215,9 +215,9 @@ if __name__ == '__main__':
     same_tokens(packed, start, teacher_path, init_path)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
-    r_init, sigma_init, tau, beta, cfg_scale, schedule, p_full, p_near, label_smoothing, freeze_tables = (
-        start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'beta', 'cfg_scale', 'schedule', 'p_full',
-                                         'p_near', 'label_smoothing', 'freeze_tables'))
+    r_init, sigma_init, tau, tau_sample, beta, cfg_scale, schedule, p_full, p_near, label_smoothing, freeze_tables = (
+        start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample', 'beta', 'cfg_scale', 'schedule',
+                                         'p_full', 'p_near', 'label_smoothing', 'freeze_tables'))
     config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
     source = Images(start['data'], tokenizer.config['image_size'], expected=words)
 
@@ -336,7 +336,7 @@ if __name__ == '__main__':
     if bench:
         report_bench(update, batch_size, device, autocast)
         raise SystemExit
-    from_net = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau, rng)[1]
+    from_net = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau_sample, rng)[1]
     conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
     start_grid = render(from_net(start_net), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
     bar, turned = progress(steps, 'reward', step), False

@@ -47,7 +47,7 @@ cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising
 gumbel = 4.0           # Gumbel temperature of the teacher's confidence, falling to 0
 law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
 power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
-tau = 1.0              # softmax temperature times the run's own: below 1 is more typical, above 1 more varied
+tau = 1.0              # softmax temperature times the run's tau_sample: below 1 more typical, above 1 more varied
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
 batch = 250            # images per forward pass; lower it when memory runs out
@@ -200,8 +200,8 @@ if __name__ == '__main__':
     restore(model, state[weights], ckpt, weights)
     tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
     words, length, is_teacher = state['words'], state['args']['T'], state['stage'] == 'model' and not student
-    made = {'r_init': 0.6, 'sigma_init': 0.1, 'tau': 1.0, **state['config']}  # the paper's, or the run's
-    tau *= made['tau']
+    made = {'r_init': 0.6, 'sigma_init': 0.1, 'tau_sample': 1.0, **state['config']}  # the paper's, or the run's
+    tau *= made['tau_sample']
     if data not in ('', *WORLDS) and words == [str(k) for k in range(len(words))]:  # call classes as the data do
         named = list(Images(data, tokenizer.config['image_size']).words)
         words = named if len(named) == len(words) else words

@@ -973,12 +973,12 @@ def test_sampling_writes_the_same_image_whatever_the_batch(tmp_path):
     read = lambda name: open(f'{tmp_path}/{name}.png', 'rb').read()
     assert len(os.listdir(f'{tmp_path}/three')) == 4 and read('single/00001') != read('single/00000')
     assert all(read(f'three/{k:05d}') == read(f'single/{k:05d}') for k in range(2))
-    state = torch.load(f'{tiny_run()[0]}/distill.pt')                        # weights, tau, r_init are the run's
+    state = torch.load(f'{tiny_run()[0]}/distill.pt')                        # weights, tau_sample, r_init are the run's
     state['net']['bias'] += torch.randn(64, 32)
-    torch.save({**state, 'config': {**state['config'], 'tau': 0.5}}, f'{tmp_path}/cold.pt')
+    torch.save({**state, 'config': {**state['config'], 'tau_sample': 0.5}}, f'{tmp_path}/cold.pt')
     must_run('sample.py', f'--ckpt={tmp_path}/cold.pt', *ask[2:], '--n=3', '--weights=net', f'--png_dir={tmp_path}/net')
     cond = T.word_ids(['a red circle'] * 3, T.WORDS, 8)
-    for name, weights, tau in (('three', 'ema', 1.0), ('net', 'net', 0.5)):
+    for name, weights, tau in (('three', 'ema', 0.3), ('net', 'net', 0.5)):
         tokens = M.one_step(network(state, weights), cond, 0.9, 0.03, tau, M.image_rngs(0, range(3)))[1]
         image = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(tokens)[2].clamp(-1, 1)
         drawn = np.asarray(Image.open(f'{tmp_path}/{name}/00002.png')).astype(float)

@@ -713,10 +713,11 @@ ALLOWED = dict(teacher=('ours', 'maskgit', 'maskbit'), schedule=('arccos', 'cosi
                weights=('ema', 'net'), law=('', 'maskgit', 'maskbit'), output=('soft', 'tokens'))
 LEAST = dict(batch_size=1, micro_batch=0, batch=1, log_every=1, save_every=1, n_eval=4, n_metrics=4, n_reference=4, n=0,
              teacher_steps=1, steps=0, starts=1, iterations=1, best_of=0, top_k=0, n_codes=2, tau=1e-6, tau_soft=1e-6,
-             n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1, code_dim=1, reward_batch=2,
-             n_wrong=1, **dict.fromkeys(('generator_lr', 'aux_lr', 'disc_lr', 'reward_lr', 'muon_lr', 'generator_muon',
-                                         'aux_muon', 'disc_muon', 'weight_decay', 'warmup', 'disc_warmup', 'patience',
-                                         'clip', 'image_clip', 'reward_steps', 'warmup_free', 'apart'), 0))
+             tau_sample=1e-6, n_images=8, D=1, depth=1, n_head=1, disc_width=1, ch=2, n_res=1, image_size=1,
+             code_dim=1, reward_batch=2, n_wrong=1, **dict.fromkeys((
+                 'generator_lr', 'aux_lr', 'disc_lr', 'reward_lr', 'muon_lr', 'generator_muon', 'aux_muon', 'disc_muon',
+                 'weight_decay', 'warmup', 'disc_warmup', 'patience', 'clip', 'image_clip', 'reward_steps',
+                 'warmup_free', 'apart'), 0))
 SHARES = ('r_init', 'sigma_init', 'r_max', 'p_full', 'p_near', 'p_drop', 'cooldown', 'ramp', 'top_p', 'label_smoothing',
           'beta1', 'beta2', 'ema_decay', 'aux_momentum')
 
