@@ -48,7 +48,7 @@ n_reference = 5000     # held-out renders that they are compared with (of a fold
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
-w_gan = 5.0            # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
+w_gan = 2.0            # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
 w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
 r_max = 0.5            # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
 hinge = False          # hinge losses; False = non-saturating, as in the paper
@@ -62,9 +62,10 @@ steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
 generator_lr = 1e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
-aux_lr = 1e-3          # Adam; the auxiliary model must follow the generator
+aux_lr = 2.5e-4        # Adam; the auxiliary model follows the generator; higher rates are too noisy
 generator_muon = 0.001  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
-aux_muon = 0.01        # the same for the auxiliary model
+aux_muon = 0.005       # the same for the auxiliary model
+aux_momentum = 0.8     # its Muon's, as in distill.py
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 weight_decay = 0.0     # paper .01 in the long MaskBit run
@@ -228,7 +229,7 @@ if __name__ == '__main__':
     disc = Discriminator(teacher.D, teacher.L, layers, T * teacher.D, disc_width, spectral).to(device)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux, disc)]
     optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2)),
+                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum),
                   make_optimizers(disc, disc_muon, disc_lr, (0.9, 0.99))]
     step, smooth = 0, {}
     if resume:

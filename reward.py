@@ -71,6 +71,7 @@ generator_lr = 1e-4    # Adam; paper 1e-5 on everything
 aux_lr = 5e-4          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
 generator_muon = 0.002  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
 aux_muon = 0.01        # the same for the auxiliary model
+aux_momentum = 0.8     # its Muon's, as in distill.py
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
 warmup = 25            # steps of linear warm-up; paper 100
@@ -257,7 +258,7 @@ if __name__ == '__main__':
             table.requires_grad_(False)
     trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
     optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2)),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2))]
+                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum)]
     step, stop, smooth, history, best = 0, Stop(), {}, [], {}
     if resume:
         state = load_resumed(out, 'reward', config)
