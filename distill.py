@@ -74,8 +74,8 @@ freeze_tables = True   # keep the embedding tables of generator and auxiliary at
 reuse = True           # one generator pass for both updates; False: the released order, a fresh pass for the auxiliary
 # the teacher in the final table (sample.py --sweep finds its best; README.md has a sweep)
 teacher_steps = 16     # most steps of the table; it also shows 1 and 4
-teacher_cfg = 2.0      # guidance at the last step, rising from 1
-teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
+teacher_cfg = 1.5      # guidance at the last step, rising from 1
+teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time

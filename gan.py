@@ -82,8 +82,8 @@ ema_decay = 0.995      # averaged generator, which is what gets sampled (below .
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 # the teacher in the final table
 teacher_steps = 16     # steps of the teacher
-teacher_cfg = 2.0      # guidance at the last step, rising from 1
-teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
+teacher_cfg = 1.5      # guidance at the last step, rising from 1
+teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks in backward: less memory, a third more time

@@ -1013,7 +1013,7 @@ if __name__ == '__main__':
                 net=net.state_dict(), ema=average.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                 tokenizer=tokenizer.pack(), prompts=torch.from_numpy(np.array(dataset[:, N:])).short()))
         if rank == 0 and (step % save_every == 0 or ending):
-            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), gumbel=4.0, rng=rng)
+            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), 1.5, 8.0, rng=rng)
             shown, _ = render(sample, tokenizer, word_ids(prompts, words, T), seed)
             save_grid(f'{out_dir}/model.png', shown, prompts)
         if ending:

@@ -81,8 +81,8 @@ image_clip = 3.0       # largest gradient norm of one image at the generator's i
 ema_decay = 0.98       # averaged generator, which is what gets sampled; paper .9999
 # the teacher in the final table
 teacher_steps = 16     # steps of the confidence sampler
-teacher_cfg = 2.0      # guidance at the last step, rising from 1
-teacher_gumbel = 4.0   # Gumbel temperature of the confidence, falling to 0
+teacher_cfg = 1.5      # guidance at the last step, rising from 1
+teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 bench = False          # time 20 steps and stop

@@ -43,8 +43,8 @@ label = ''             # class name or number, for a model trained on a folder
 n = 32                 # images
 seed = 0               # image k follows from (seed, k)
 steps = 0              # steps of a teacher, 0 = 16; a generator takes one
-cfg_scale = 2.0        # teacher guidance u + s (c - u) at the last step, rising from 1
-gumbel = 4.0           # Gumbel temperature of the teacher's confidence, falling to 0
+cfg_scale = 1.5        # teacher guidance u + s (c - u) at the last step, rising from 1
+gumbel = 8.0           # Gumbel temperature of the teacher's confidence, falling to 0
 law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
 power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
 tau = 1.0              # softmax temperature times the run's tau_sample: below 1 more typical, above 1 more varied
