@@ -61,10 +61,10 @@ spectral = False       # spectral norm on the heads' linear layers (one power it
 steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
-generator_lr = 1e-4    # Adam; paper 5e-7 on everything in the long MaskBit run
-aux_lr = 2.5e-4        # Adam; the auxiliary model follows the generator; higher rates are too noisy
-generator_muon = 0.001  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
-aux_muon = 0.005       # the same for the auxiliary model
+generator_lr = 5e-5    # Adam; paper 5e-7 on everything in the long MaskBit run
+aux_lr = 1.25e-4       # Adam; the auxiliary model follows the generator; higher rates are too noisy
+generator_muon = 0.0005  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
+aux_muon = 0.0025      # the same for the auxiliary model
 aux_momentum = 0.8     # its Muon's, as in distill.py
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
