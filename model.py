@@ -11,7 +11,7 @@ exact mask counts, loss on masked tokens only.
 $ python model.py                               # shapes world, about 4 minutes on 2 CPU cores -> out/model.pt
 $ python model.py --data=my_images              # your folder, with the tokenizer trained on it
 $ torchrun --nproc_per_node=8 model.py --D=384 --depth=12 --n_head=6 --batch_size=512
-Expected (shapes world): masked cross-entropy of 0.45 to 0.7 nats, and shapes that a person can name in out/model.png.
+Expected (shapes world): masked cross-entropy of 0.22 to 0.25 nats, and shapes that a person can name in out/model.png.
 """
 import functools
 import json
