@@ -183,6 +183,7 @@ if __name__ == '__main__':
             raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER of class folders')
         packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
         same_tokens(packed, start, teacher_path, init)
+    start['config'].setdefault('tau_sample', 1.0)                             # files made before it existed
     made = {key: start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample')}
     config.update(made)                                       # what the generator was made for
     r_init, sigma_init, tau, tau_sample = made.values()

@@ -216,6 +216,7 @@ if __name__ == '__main__':
     same_tokens(packed, start, teacher_path, init_path)
     tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
     words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
+    start['config'].setdefault('tau_sample', 1.0)                             # files made before it existed
     r_init, sigma_init, tau, tau_sample, beta, cfg_scale, schedule, p_full, p_near, label_smoothing, freeze_tables = (
         start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample', 'beta', 'cfg_scale', 'schedule',
                                          'p_full', 'p_near', 'label_smoothing', 'freeze_tables'))
