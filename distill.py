@@ -10,12 +10,13 @@ own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
-$ python distill.py --steps=20 --n_eval=200             # smoke test, seconds once the teacher is there
+$ python distill.py --steps=20 --n_eval=200 --teacher_ckpt=out/model.pt --out_dir=out/smoke   # smoke test, seconds
 $ python distill.py --teacher=maskgit --teacher_path=... --tokenizer_path=...   # published weights, see README.md
 $ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
 """
 import os
+import signal
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients
                    render, report_bench, restore, restore_optimizers, rng_for, same_tokens, same_weights,
                    sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
                    teacher_passes, token_entropy, word_ids)
-from tokenizer import previous
+from tokenizer import WORLDS, previous
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -84,13 +85,19 @@ bench = False          # time 20 steps and stop
 
 def train_missing(data, out_dir, seed):
     """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
-    for script, minutes in (('tokenizer', 3), ('model', 4)):
+    def saved(script):
         path = os.path.join(out_dir, f'{script}.pt')
-        def saved():
-            there = os.path.exists(path) or os.path.exists(previous(path))
-            state = load_checkpoint(path, script, fallback=True) if there else None
-            return state, state is not None and state['step'] >= state['config']['steps']
-        state, done = saved()
+        there = os.path.exists(path) or os.path.exists(previous(path))
+        state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True) if there else None
+        if state and state['config']['data'] != data:
+            raise SystemExit(f'{path} was trained on {state["config"]["data"]}, not on {data}; give each data set a '
+                             f'folder of its own, --out_dir=out/{os.path.basename(data)}, or, if the same images have '
+                             f'only moved: --teacher_ckpt={out_dir}/model.pt')
+        return path, state, state is not None and state['step'] >= state['config']['steps']
+
+    complete = saved('model')[2]                                              # it holds its tokenizer
+    for script, minutes in () if complete else (('tokenizer', 3), ('model', 4)):
+        path, state, done = saved(script)
         if not done:
             print(f'{path} is {"unfinished" if state else "missing"}: running {script}.py first, expected '
                   f'{minutes} minutes on 2 CPU cores', flush=True)
@@ -99,11 +106,13 @@ def train_missing(data, out_dir, seed):
                        *(f'--{k}={v}' for k, v in {**settings, 'out_dir': out_dir}.items())]
             single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
             child = subprocess.Popen(command, env=single)
+            signal.signal(signal.SIGTERM, lambda *_: child.terminate())       # it saves and ends, and so do we
             try:
                 child.wait()
             except KeyboardInterrupt:                                         # the child got it too, and saves
                 child.wait()
-            if not saved()[1]:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if not saved(script)[2]:
                 raise SystemExit(f'{script}.py did not finish (see above); the same command continues it')
 
 
@@ -121,9 +130,8 @@ if __name__ == '__main__':
         dist.barrier()
     teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
     packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-    if ours and not teacher_ckpt and os.path.abspath(packed['data']) != os.path.abspath(data):
-        raise SystemExit(f'{teacher_path} was trained on {packed["data"]}, not on {data}; give each data set a folder '
-                         f'of its own: --data={data} --out_dir=out/{os.path.basename(data)}')
+    if data not in WORLDS:
+        packed['data'] = data                                                 # the teacher's, which may have moved
     tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
     words, prompts = packed['words'], packed['prompts'].long().to(device)     # prompts (M, T), the training captions
 
@@ -246,7 +254,7 @@ if __name__ == '__main__':
         bar.update()
         if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
             check_finite(step, generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'])
-        if step % log_every == 0 and rank == 0:
+        if step % log_every == 0 and rank == 0:  # norms are of all processes, the rest of the last micro-batch here
             entropy, top = token_entropy(logits)
             row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top}.items()}
             row = dict(step=step, **row)

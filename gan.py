@@ -8,7 +8,7 @@ penalty, augmentation, batch statistics. One generator pass serves all updates; 
 fake serves both players. Our choice: Muon on the heads' matrices, which learn the game first, alone.
 
 $ python gan.py                                         # after distill.py; about 6 minutes on 2 CPU cores
-$ python gan.py --steps=20 --n_eval=200                 # smoke test
+$ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/smoke
 $ python gan.py --relax=st --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/st    # straight-through
 $ torchrun --nproc_per_node=8 gan.py --batch_size=1024 # published teachers: see README.md
 Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.

@@ -658,7 +658,7 @@ class Reference:
         else:
             order = np.random.RandomState(0).permutation(source.length)
             index, self.rest = order[::2][:n], order[1::2]
-            self.name = f'{len(index)} images of {source.data}'
+            self.name = f'{len(index)} images of {source.data} (real images: {len(self.rest)} others)'
         features, self.captions = [], []
         for part in np.array_split(index, -(-len(index) // 500)):            # 5,000 ImageNet images would be 4 GB
             images, captions = source.batch(part)
@@ -738,7 +738,7 @@ def final_table(path, samplers, tokenizer, reference, conditions, n, seed, confi
         entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **reference.measure(drawn, captions)))
         pictures.append(drawn[:16])
     show_table(entries)
-    save_grid(f'{path}.png', torch.cat(pictures), captions[:16] * len(pictures), columns=16)
+    save_grid(f'{path}.png', torch.cat(pictures), captions[:16] * len(pictures), columns=len(pictures[0]))
     with writing(f'{path}.json'), open(f'{path}.json', 'w') as file:
         json.dump(dict(config=config, rows=entries), file, indent=1)
     print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, samples: python sample.py '

@@ -6,7 +6,7 @@ Image k depends on --seed and k only, so it is the same image whatever the batch
 
 $ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
-$ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 2 --gumbel 4 --n 64 --png_dir out/png
+$ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 3 --gumbel 4 --n 64 --png_dir out/png
 $ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
 $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207 --steps=8
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
@@ -15,6 +15,7 @@ $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metr
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
+import glob
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ def write_pngs(folder, images, captions):
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     names = os.path.join(folder, 'captions.txt')
     with writing(names):
+        for old in glob.glob(glob.escape(folder) + '/[0-9][0-9][0-9][0-9][0-9].png') if os.path.exists(names) else ():
+            os.remove(old)                                                               # of an earlier call
         for k, array in enumerate(pixels):
             Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
         with open(names, 'w', encoding='utf-8') as file:
@@ -181,7 +184,7 @@ def inception_metrics(draw, tokenizer, labels, network, ref, seed, batch, device
 
 if __name__ == '__main__':
     configure(globals())
-    rank, world, device, autocast = start_processes()
+    rank, world, device, autocast = start_processes(half=('cuda',))  # float32 on a CPU, as in the stages' tables
     if world > 1 and not (metrics and inception):
         raise SystemExit('sample.py: runs as one process, except for --metrics --inception=...; start it with python')
     if n < 1:
@@ -215,7 +218,7 @@ if __name__ == '__main__':
     def sampler(cfg_scale, gumbel):
         """cond, rng -> tokens, for this checkpoint."""
         def draw(cond, rng):
-            with autocast, torch.autocast('cpu', enabled=False):  # float32 on a CPU, as in the stages' tables
+            with autocast:
                 if is_teacher:
                     return sample_teacher(model, cond, steps, cfg_scale, gumbel, tau, rng, top_k, top_p, law, power)
                 return one_step(model, cond, made['r_init'], made['sigma_init'], tau, rng, top_k, top_p)[1]
@@ -284,7 +287,7 @@ if __name__ == '__main__':
         show_table(entries)
         print(f'image seeds ({seed}, 0..{n_metrics - 1}), {steps} step(s), tau {tau:g}, weights {weights} of training '
               f'step {state["step"]}')
-        path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}.json'
+        path = f'{os.path.splitext(ckpt)[0]}-{"sweep" if sweep else "metrics"}{f"-{seed}" if seed else ""}.json'
         with writing(path), open(path, 'w') as file:
             json.dump(dict(ckpt=ckpt, step=state['step'], seed=seed, rows=entries), file, indent=1)
         print(f'-> {path}')

@@ -193,7 +193,9 @@ def test_overrides_take_every_documented_form():
         assert g == wanted and all(type(g[k]) is type(v) for k, v in wanted.items()), words
 
 def test_overrides_refuse_with_one_line():
-    bad = lambda *argv: lambda: T.configure(settings(), list(argv))
+    bad = lambda *argv: lambda: T.configure(settings(out_dir='out', teacher='ours', teacher_path=''), list(argv))
+    exits_with(bad('--out_dir='), '--out_dir= cannot be')
+    exits_with(bad('--teacher_path=x.pt'), 'published weights', '--ckpt=x.pt')
     exits_with(bad('--batchsize=3'), 'x.py', 'unknown setting --batchsize', 'did you mean --batch_size?')
     exits_with(bad('--SIZE=3'), 'unknown setting')
     exits_with(bad('--steps=1.5'), 'int', 'default 10', "'1.5'")
@@ -983,6 +985,8 @@ def test_sampling_writes_the_same_image_whatever_the_batch(tmp_path):
         image = T.Tokenizer.from_checkpoint(state['tokenizer']).decode(tokens)[2].clamp(-1, 1)
         drawn = np.asarray(Image.open(f'{tmp_path}/{name}/00002.png')).astype(float)
         assert abs(drawn - (image.detach().permute(1, 2, 0).numpy() + 1) * 127.5).max() < 1.5
+    sample.write_pngs(f'{tmp_path}/three', torch.zeros(1, 3, 4, 4), ['a circle'])
+    assert sorted(os.listdir(f'{tmp_path}/three')) == ['00000.png', 'captions.txt']      # nothing of the earlier call
 
 def test_a_sweep_measures_sixteen_settings_and_prints_sample_count_seeds_and_reference(tmp_path):
     folder = ready_for('distill.py', tmp_path)
@@ -1004,7 +1008,7 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     for script in list(TINY)[:4]:                                            # reward.py has no --data
         must_run(script, f'--out_dir={folder}', f'--data={tmp_path}/data', '--steps=5')
     reference = json.load(open(f'{folder}/distill.json'))['rows'][0]['reference']
-    assert reference == f'20 images of {tmp_path}/data'
+    assert reference == f'20 images of {tmp_path}/data (real images: 20 others)'
     for label in ('zero', '1'):                                            # the classes are 0 one, 1 zero
         must_run(*ask, f'--label={label}', f'--png_dir={tmp_path}/{label}')
         assert open(f'{tmp_path}/{label}/captions.txt').read() == '00000.png\tzero\n00001.png\tzero\n'
@@ -1024,14 +1028,26 @@ def test_missing_or_unfinished_teacher_is_trained_first(tmp_path):
         launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]        # Ctrl-C: wait until the child has saved
         assert len(trained(f'{tmp_path}/new')[0]) == 1 and launched.return_value.wait.call_count == 2
         launched.return_value.wait.side_effect = None
-        T.save_checkpoint(f'{tmp_path}/tokenizer.pt', dict(stage='tokenizer', step=5, config=dict(steps=5)))
+        made = dict(steps=5, data='shapes')
+        T.save_checkpoint(f'{tmp_path}/tokenizer.pt', dict(stage='tokenizer', step=5, config=made))
         os.rename(f'{tmp_path}/tokenizer.pt', f'{tmp_path}/tokenizer.prev.pt')  # killed between two renames
-        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=4, config=dict(steps=5, D=32)))
+        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=4, config=dict(made, D=32)))
         commands, text = trained(tmp_path)
-        assert commands == [[f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={tmp_path}']]
-        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=5, config=dict(steps=5)))
-        commands, text = trained(tmp_path)
-        assert commands == [] and 'using the previous one' in text
+        assert commands == [[f'{HERE}/model.py', '--steps=5', '--data=shapes', '--D=32', '--resume=True',
+                             f'--out_dir={tmp_path}']] and 'using the previous one' in text
+        T.save_checkpoint(f'{tmp_path}/model.pt', dict(stage='model', step=5, config=made))
+        assert trained(tmp_path) == ([], '')                               # a teacher holds its tokenizer
+        exits_with(lambda: distill.train_missing('other', tmp_path, 7), 'was trained on shapes, not on other')
+        os.remove(f'{tmp_path}/model.pt'), os.remove(f'{tmp_path}/model.prev.pt')
+        exits_with(lambda: distill.train_missing('other', tmp_path, 7), 'was trained on shapes, not on other')
+
+def test_ending_distill_ends_the_training_that_it_started(tmp_path):
+    child = subprocess.Popen([sys.executable, f'{HERE}/distill.py', f'--out_dir={tmp_path}'], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+    while 'tokens of' not in child.stdout.readline():                      # the tokenizer's plan: it trains
+        assert child.poll() is None
+    child.terminate()
+    assert child.wait(60) == 1 and 'tokenizer.py did not finish' in child.stdout.read()
 
 def test_a_run_killed_or_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     whole, step = tiny_run()[0], 'torch.optim.AdamW.step'
@@ -1739,6 +1755,10 @@ def test_bad_checkpoints_are_explained_and_the_one_before_a_broken_one_is_used(t
         exits_with(load, path, words, 'Train it.')
         text = printed(lambda: kept.append(load(fallback=True)['step']))
         assert kept.pop() == 1 and words in text and f'using the previous one, {tmp_path}/x.prev.pt' in text
+    open(f'{path}.123.prev.tmp', 'w').close()                                    # of a run that was killed
+    T.save_checkpoint(path, dict(stage='distill', step=3))
+    assert (load()['step'], T.load_checkpoint(f'{tmp_path}/x.prev.pt')['step']) == (3, 1)   # broken: not kept
+    assert sorted(os.listdir(tmp_path)) == ['x.prev.pt', 'x.pt']
     for foreign, words in ((dict(weights=torch.ones(3)), 'not a checkpoint of this project'),
                            (dict(stage='tokenizer'), 'is a tokenizer checkpoint, expected model or distill')):
         torch.save(foreign, path)

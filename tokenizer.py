@@ -14,6 +14,7 @@ Expected: reconstruction error below 0.02 (mean absolute, images in [-1, 1]) and
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -765,12 +766,16 @@ def configure(g, argv=None):
     for key in keys:  # training's bench divides by steps; sample.py's default of 0 is its usual number
         value, least = g[key], 1 if key == 'steps' and g.get('bench') and defaults[key] else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
+                  'a name' if value == '' and defaults[key] and key in ('data', 'out_dir', 'ckpt') else
                   'a finite number' if type(value) is float and not math.isfinite(value) else
                   f'at least {least:g}' if least is not None and value < least else
                   'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else
                   'below 1' if key in ('beta1', 'beta2') and value == 1 else '')
         if wanted:
             raise SystemExit(f'{name}: --{key}={value} cannot be, expected {wanted}')
+    if g.get('teacher') == 'ours' and g.get('teacher_path'):
+        raise SystemExit(f'{name}: --teacher_path is for published weights, --teacher=maskgit or maskbit; a teacher of '
+                         f'ours is --{"teacher_ckpt" if "teacher_ckpt" in keys else "ckpt"}={g["teacher_path"]}')
     if g.get('p_full', 0) + g.get('p_near', 0) > 1 + 1e-6:
         raise SystemExit(f'{name}: --p_full={g["p_full"]} and --p_near={g["p_near"]} are shares of one whole, above 1')
     return {k: g[k] for k in keys}
@@ -784,9 +789,9 @@ def report_error(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def start_processes():
+def start_processes(half=('cuda', 'cpu')):
     """Join the torchrun group, if there is one -> (rank, world, device, autocast). One process per GPU with nccl,
-    gloo on the CPU; bf16 autocast where the GPU or the CPU computes in it, else float32, and no float16 path."""
+    gloo on the CPU; bf16 autocast on the devices in `half` that compute in it, else float32, and no float16 path."""
     sys.excepthook = report_error
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()
@@ -796,10 +801,12 @@ def start_processes():
     if world > 1:
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))  # rank 0 may train a teacher
     can = getattr(torch.cpu, 'get_capabilities', dict)()                                 # from torch 2.11 on
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bool(can.get('avx512_bf16'))
+    can = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bool(can.get('avx512_bf16'))
+    bf16 = can and device.type in half
     if rank == 0:
+        reason = '' if can else f', the {"GPU" if cuda else "CPU"} has no bf16'
         print(f'{world} process(es) on {torch.cuda.get_device_name(device) if cuda else "cpu"}: '
-              + ('bf16 autocast' if bf16 else f'float32, the {"GPU" if cuda else "CPU"} has no bf16'))
+              + ('bf16 autocast' if bf16 else f'float32{reason}'))
     return rank, world, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -903,7 +910,7 @@ def writing(path):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
-    kept as *.prev.pt. Rank 0 only. Exits with one line when the folder cannot be written or the disk is full."""
+    kept as *.prev.pt, unless broken. Rank 0 only. Exits with one line if the folder or the disk cannot take it."""
     temporary, older = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.prev.tmp'
     if not all(v.isfinite().all() for part in ('net', 'ema') for v in state.get(part, {}).values()):
         raise SystemExit(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
@@ -914,14 +921,13 @@ def save_checkpoint(path, state):
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if os.path.exists(path):                                                     # a copy, so path never lacks
+            if zipfile.is_zipfile(path):               # whole; a copy, so that path never lacks
                 shutil.copyfile(path, older)
                 os.replace(older, previous(path))
             os.replace(temporary, path)
     finally:
-        for leftover in (temporary, older):
-            if os.path.exists(leftover):
-                os.remove(leftover)
+        for leftover in glob.glob(f'{glob.escape(path)}.*.tmp'):                         # of a killed run, too
+            os.remove(leftover)
 
 
 def load_checkpoint(path, stage='', hint='', fallback=False):
@@ -1132,12 +1138,12 @@ if __name__ == '__main__':
     micro, accumulate = split_batch(batch_size, micro_batch, world)
     warmup_free = max(1, min(warmup_free, steps // 2))                        # short runs get a codebook too
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
-    torch.manual_seed(seed)
     try:
+        torch.manual_seed(seed)
         net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                       fused=device.type == 'cuda')
-    except (ValueError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
         raise SystemExit(f'tokenizer.py: {error}') from None
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
     if resume:

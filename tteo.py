@@ -118,7 +118,7 @@ def save_curve(path, curves, label):
 
 if __name__ == '__main__':
     config = configure(globals())
-    _, world, device, _ = start_processes()
+    _, world, device, _ = start_processes(half=())
     if world > 1:
         raise SystemExit('tteo.py: runs as one process; start it with python, not torchrun')
     state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
