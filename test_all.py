@@ -42,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+torch.set_num_threads(1)                               # two workers share two cores, and they fork
+
 import distill
 import gan
 import model as M
@@ -86,14 +88,36 @@ torch.nn.Module.compile = compile
 ON_GPU = f"import os\ndel os.environ['CUDA_VISIBLE_DEVICES']\nos.environ.update({GPUS})\n"
 FULL = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'      # no file beyond 2 kB
 
+def forked(command, before, output):
+    """What a new python would do with `command`, in a process that has imported torch already."""
+    os.dup2(output, 1), os.dup2(output, 2), os.chdir(HERE), os.environ.update(ALONE)
+    sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
+    sys.argv = command
+    exec(before, {})
+    try:
+        runpy.run_path(command[0], None, '__main__')
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
 def run(script, *arguments, processes=1, before=''):
     """Run a script with its tiny settings -> (exit code, output). `before`: lines of Python to run first."""
+    command = [os.path.join(HERE, script), *(TINY[script] + OFTEN if script in TINY else []), *arguments]
+    if processes == 1 and before != ON_GPU:                                  # a GPU does not survive a fork
+        ours, output = os.pipe()
+        child = multiprocessing.get_context('fork').Process(target=forked, args=(command, before, output))
+        child.start()
+        os.close(output)
+        with open(ours) as pipe:
+            text = pipe.read()
+        child.join()
+        return child.exitcode, text
     launch = [sys.executable]
     if processes > 1:
         launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     if before:
         launch += ['-c', before + 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")']
-    launch += [os.path.join(HERE, script), *(TINY[script] + OFTEN if script in TINY else []), *arguments]
+    launch += command
     done = subprocess.run(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
                           env=ALONE, cwd=HERE)
     return done.returncode, done.stdout
@@ -1904,7 +1928,6 @@ def test_readme_points_at_the_right_lines():
 
 def attempt(name):
     """Run one test -> (outcome, seconds, reason or traceback)."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     clock, outcome, note, test = time.time(), 'passed', '', globals()[name]
     try:
