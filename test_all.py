@@ -1038,6 +1038,10 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
         assert open(f'{tmp_path}/{label}/captions.txt').read() == '00000.png\tzero\n00001.png\tzero\n'
     must_refuse(*ask, '--label=two', words='one, zero')
     must_refuse('distill.py', f'--out_dir={folder}', words='was trained on')
+    os.rename(f'{tmp_path}/data', f'{tmp_path}/moved')
+    text = must_run('distill.py', f'--teacher_ckpt={folder}/model.pt', f'--data={tmp_path}/moved', '--steps=1',
+                    f'--out_dir={tmp_path}/again')
+    assert f'20 images of {tmp_path}/moved' in text
 
 def test_missing_or_unfinished_teacher_is_trained_first(tmp_path):
     with mock.patch.object(subprocess, 'Popen') as launched:
