@@ -427,7 +427,7 @@ def teacher_passes(model, steps, cfg_scale, law='', power=3.0):
 
 
 @torch.no_grad()
-def sample_teacher(model, cond, steps, cfg_scale=2.0, gumbel=1.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
+def sample_teacher(model, cond, steps, cfg_scale=1.5, gumbel=8.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
                    power=3.0):
     """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1 + (s - 1) share; one
     draw per position from softmax(logits / tau); confidence log p + gumbel share g; the most confident are revealed
@@ -1013,7 +1013,7 @@ if __name__ == '__main__':
                 net=net.state_dict(), ema=average.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                 tokenizer=tokenizer.pack(), prompts=torch.from_numpy(np.array(dataset[:, N:])).short()))
         if rank == 0 and (step % save_every == 0 or ending):
-            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), 1.5, 8.0, rng=rng)
+            sample = lambda cond, rng: sample_teacher(average, cond, min(16, N), rng=rng)
             shown, _ = render(sample, tokenizer, word_ids(prompts, words, T), seed)
             save_grid(f'{out_dir}/model.png', shown, prompts)
         if ending:
