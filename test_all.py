@@ -231,12 +231,13 @@ def test_overrides_refuse_with_one_line():
     exits_with(bad('lr=3'), "stray word 'lr=3'", '--name=value')
     exits_with(bad('-lr', '3'), 'stray word')
     exits_with(bad('--batch_size=0'), '--batch_size=0', 'at least 1')
-    more = settings(tau=1.0, r_init=0.5, schedule='arccos', relax='soft', warmup=0, beta2=0.9, cfg_scale=1.0,
+    more = settings(tau=1.0, seed=0, r_init=0.5, schedule='arccos', relax='soft', warmup=0, beta2=0.9, cfg_scale=1.0,
                     bench=True, p_full=0.5, p_near=0.2)
     for setting, words in (('tau=0', 'at least'), ('r_init=2', 'between 0 and 1'), ('r_init=nan', 'finite'),
                            ('schedule=linear', "'arccos', 'cosine'"), ('relax=hard', "'soft', 'gumbel', 'st'"),
                            ('beta2=1', 'below 1'), ('cfg_scale=inf', 'finite'), ('warmup=-1', 'at least 0'),
-                           ('p_near=0.6', 'are shares of one whole'), ('steps=0', 'at least 1')):  # as --bench needs
+                           ('seed=9223372036854775808', 'below'), ('p_near=0.6', 'are shares of one whole'),
+                           ('steps=0', 'at least 1')):                                # as --bench needs
         exits_with(lambda: T.configure(dict(more), [f'--{setting}']), f'--{setting}', words)
 
 def test_help_prints_the_block():
@@ -1888,6 +1889,7 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
              (('gan.py', f'--out_dir={folder}'), 'distill.pt: no such checkpoint'),
              (('gan.py', f'--init={done}/model.pt'), 'expected distill or gan or reward'),
              (('tokenizer.py', '--ch_mult=1,1,1,1,1,1,1'), 'image_size 32 is not a multiple of 64'),
+             (('tokenizer.py', '--ch_mult=0,1'), 'a level without channels'),
              (('tokenizer.py', '--lr=-1'), 'Invalid learning rate: -1'),
              (('model.py', f'--out_dir={folder}', '--n_head=5'), 'not a multiple of n_head'),
              (('model.py', f'--out_dir={folder}', '--lr=-1'), 'Invalid learning rate: -1'),

@@ -518,6 +518,8 @@ class Tokenizer(nn.Module):
                            code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
         widths, attend = [ch * int(m) for m in ch_mult.split(',')], attention.split(',')
         last, top = len(widths) - 1, widths[-1]
+        if min(widths) < 1:
+            raise ValueError(f'ch_mult {ch_mult} has a level without channels; expected numbers from 1, as in 1,2,4')
         if image_size < 1 or image_size % 2 ** last:
             raise ValueError(f'image_size {image_size} is not a multiple of {2 ** last}, which the '
                              f'{len(widths)} levels of ch_mult {ch_mult} need')
@@ -767,6 +769,7 @@ def configure(g, argv=None):
         value, least = g[key], 1 if key == 'steps' and g.get('bench') and defaults[key] else LEAST.get(key)
         wanted = (f'one of {", ".join(map(repr, ALLOWED[key]))}' if value not in ALLOWED.get(key, (value,)) else
                   'a name' if value == '' and defaults[key] and key in ('data', 'out_dir', 'ckpt') else
+                  'below 2 ** 63' if key == 'seed' and abs(value) >= 2 ** 63 else
                   'a finite number' if type(value) is float and not math.isfinite(value) else
                   f'at least {least:g}' if least is not None and value < least else
                   'between 0 and 1' if key in SHARES and not 0 <= value <= 1 else
@@ -1138,12 +1141,12 @@ if __name__ == '__main__':
     micro, accumulate = split_batch(batch_size, micro_batch, world)
     warmup_free = max(1, min(warmup_free, steps // 2))                        # short runs get a codebook too
     images, out = Images(data, image_size), os.path.join(out_dir, 'tokenizer.pt')
+    torch.manual_seed(seed)
     try:
-        torch.manual_seed(seed)
         net = Tokenizer(image_size, ch, ch_mult, n_res, n_codes, code_dim).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                       fused=device.type == 'cuda')
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise SystemExit(f'tokenizer.py: {error}') from None
     usage, step, stop = torch.zeros(n_codes, device=device), 0, Stop()
     if resume:
