@@ -1072,11 +1072,27 @@ def test_missing_or_unfinished_teacher_is_trained_first(tmp_path):
 
 def test_ending_distill_ends_the_training_that_it_started(tmp_path):
     child = subprocess.Popen([sys.executable, f'{HERE}/distill.py', f'--out_dir={tmp_path}'], stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
+                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
     while 'tokens of' not in child.stdout.readline():                      # the tokenizer's plan: it trains
         assert child.poll() is None
     child.terminate()
-    assert child.wait(60) == 1 and 'tokenizer.py did not finish' in child.stdout.read()
+    os.killpg(child.pid, signal.SIGTERM)                                   # the trainer gets it twice
+    assert child.wait(60) == 1
+    text = child.stdout.read()
+    assert 'tokenizer.py did not finish' in text and 'stopped' not in text and 'Traceback' not in text, text
+
+def test_a_second_wish_to_stop_counts_after_a_second():
+    with mock.patch.object(signal, 'signal'):
+        stop = T.Stop()
+    assert not stop.now(0, 'cpu')
+    stop.ask(signal.SIGINT, None), stop.ask(signal.SIGTERM, None)
+    assert stop.now(0, 'cpu')
+    stop.asked -= 2
+    try:
+        stop.ask(signal.SIGINT, None)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError('went on')
 
 def test_a_run_killed_or_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     whole, step = tiny_run()[0], 'torch.optim.AdamW.step'

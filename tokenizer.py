@@ -872,25 +872,26 @@ def same_weights(*networks):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; twice stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; once more stops at once,
+    but not within a second: a terminal, torchrun and distill.py may all pass on the same wish."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0.0                                         # when
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.time() - self.asked > 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.time()
 
     def now(self, step, device):
         """True once any process was asked; processes agree every 10 steps."""
         if not dist.is_initialized():
-            return self.asked
+            return bool(self.asked)
         if step % 10:
             return False
-        flag = torch.tensor(float(self.asked), device=device)
+        flag = torch.tensor(float(self.asked > 0), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
