@@ -1,44 +1,44 @@
 """
 Stage 1, Di[M]O (arXiv 2503.15457): distil a masked diffusion teacher of many steps into a generator of one.
 
-Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft variants of its
-losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one generator pass serves both updates,
-one auxiliary pass both losses: 8 forward-equivalents per guided step instead of 10, a backward counting two
-(--reuse=false: the released order); each re-masking hides all or nearly all, as choices of the whole image are judged
-only there (--p_full=0 --p_near=0: the paper's law). No real data enters: the loop sees captions, the teacher, and its
-own samples.
+Left out against the official trainer: dropout in the teacher's targets, the mean/sum and hard/soft
+variants of its losses, FID inside the loop (a toy metric stands in), NaN repair. Changed: one
+generator pass serves both updates, one auxiliary pass both losses: 8 forward-equivalents per guided
+step instead of 10, a backward counting two (--reuse=false: the released order); each re-masking
+hides all or nearly all, as choices of the whole image are judged only there (--p_full=0 --p_near=0:
+the paper's law). No real data enters: the loop sees captions, the teacher, and its own samples.
 
 $ python distill.py                                     # all of it on a laptop: trains tokenizer and teacher if missing
 $ python distill.py --data=my_images --out_dir=out/mine # the same on your folder (sub-folders are classes)
 $ python distill.py --steps=20 --n_eval=200 --teacher_ckpt=out/model.pt --out_dir=out/smoke   # smoke test, seconds
-$ python distill.py --teacher=maskgit --teacher_path=... --tokenizer_path=...   # published weights, see README.md
-$ torchrun --nproc_per_node=8 distill.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5 --ema_decay=0.9999
-Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
+$ torchrun --nproc_per_node=8 distill.py --teacher=maskbit --teacher_path=FILE --tokenizer_path=FILE   # the paper's run
+Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, printed at its end.
 """
 import os
-import signal
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, check_finite,
-                   compile_blocks, configure, dimo_grad, ema_update, end_processes, final_table, guided_logits,
-                   jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers, one_step, progress, remask,
-                   render, report_bench, restore, restore_optimizers, rng_for, same_tokens, same_weights,
-                   sample_teacher, save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate,
-                   teacher_passes, token_entropy, word_ids)
-from tokenizer import WORLDS, previous
+from common.files import (load_resumed, optimizer_states, restore, restore_optimizers,
+                          save_checkpoint)
+from common.images import open_data, save_grid
+from common.metrics import Reference, final_table, render
+from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
+                        make_optimizers, meet, micro_rng, out_folder, progress, rate_law,
+                        report_bench, rounded, same_weights, set_rates, smoothed, start_run,
+                        take_step)
+from common.teachers import copy_of, load_teacher, same_tokens, teacher_file, train_missing
+from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step, remask,
+                   student_sampler, surrogate, teacher_passes, token_entropy)
 
 # -----------------------------------------------------------------------------
 # I/O
 data = 'shapes'        # 'shapes', 'shapes-open' or a folder; only used to train a missing teacher and to measure
-out_dir = 'out'        # tokenizer.pt and model.pt are found (or made) here; distill.pt, log and pictures go here
-teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
+out_dir = ''           # distill.pt, log and pictures go here, '' = out/ or out/NAME of the teacher; ours is found (or made) here
+teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit, with the recipe below
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
-teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = 16
+teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/distill.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -73,7 +73,7 @@ label_smoothing = 0.0  # in the auxiliary loss; released code .1
 ema_decay = 0.995      # averaged generator, which is what gets sampled; paper .9999
 freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 reuse = True           # one generator pass for both updates; False: the released order, a fresh pass for the auxiliary
-# the teacher in the final table (sample.py --sweep finds its best; README.md has a sweep)
+# the teacher in the final table (sample.py --sweep finds its best)
 teacher_steps = 16     # most steps of the table; it also shows 1 and 4
 teacher_cfg = 1.5      # guidance at the last step, rising from 1
 teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
@@ -81,193 +81,211 @@ teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
+
+# What --teacher=NAME changes: the paper's values; steps is our guess (watch FID)
+RECIPES = {
+    'maskgit': dict(
+        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0, beta2=0.999,
+        warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=-0.2, cfg_scale=2.0, tau_sample=1.0, p_full=0.0,
+        p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, log_every=50,
+        teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
+    'maskbit': dict(
+        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0, beta2=0.999,
+        warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=0.0, cfg_scale=2.0, tau_sample=1.0, p_full=0.0,
+        p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, log_every=50,
+        teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+
+LIMITS = dict(         # a number is the least value, a pair a range, words a choice
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
+    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
+    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
+    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
+    ema_decay=(0, 1), teacher_steps=1)
 # -----------------------------------------------------------------------------
+# This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
-def train_missing(data, out_dir, seed):
-    """Train tokenizer and teacher of the demo in out_dir if they are missing, or finish them if interrupted."""
-    def saved(script):
-        path = os.path.join(out_dir, f'{script}.pt')
-        there = os.path.exists(path) or os.path.exists(previous(path))
-        state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True) if there else None
-        if state and state['config']['data'] != data:
-            raise SystemExit(f'{path} was trained on {state["config"]["data"]}, not on {data}; give each data set a '
-                             f'folder of its own, --out_dir=out/{os.path.basename(data)}, or, if the same images have '
-                             f'only moved: --teacher_ckpt={out_dir}/model.pt')
-        return path, state, state is not None and state['step'] >= state['config']['steps']
+SMOOTHED = ('aux_loss', 'grad_logits')                 # logged as running means
 
-    complete = saved('model')[2]                                              # it holds its tokenizer
-    for script, minutes in () if complete else (('tokenizer', 3), ('model', 4)):
-        path, state, done = saved(script)
-        if not done:
-            print(f'{path} is {"unfinished" if state else "missing"}: running {script}.py first, expected '
-                  f'{minutes} minutes on 2 CPU cores', flush=True)
-            settings = {**state['config'], 'resume': True} if state else {'data': data, 'seed': seed}
-            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{script}.py'),
-                       *(f'--{k}={v}' for k, v in {**settings, 'out_dir': out_dir}.items())]
-            single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-            child = subprocess.Popen(command, env=single)
-            signal.signal(signal.SIGTERM, lambda *_: child.terminate())       # it saves and ends, and so do we
-            try:
-                child.wait()
-            except KeyboardInterrupt:                                         # the child got it too, and saves
-                child.wait()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if not saved(script)[2]:
-                raise SystemExit(f'{script}.py did not finish (see above); the same command continues it')
+
+def draw_batch(nets, loaded, run, rng):
+    """Training captions, and what the generator makes of them -> cond, logits (B, N, V), tokens (B, N)."""
+    index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
+    captions = [loaded.prompts[k] for k in index.tolist()]
+    cond = loaded.encode(captions)
+    with run.autocast:
+        logits, tokens = one_step(nets.generator, cond, r_init, sigma_init, tau, rng)
+    return cond, logits, tokens
+
+
+def dimo_gradient(nets, x_t, mask, cond):
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
+    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
+    with torch.no_grad():
+        teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return dimo_grad(teacher_logits, aux_logits.detach(), mask, beta), aux_logits
+
+
+@torch.no_grad()
+def divergence(nets, x_t, mask, cond):
+    """D(teacher || aux) at x_t per masked token, which that gradient descends: for the log."""
+    teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
+
+
+def released_aux_loss(nets, loaded, run, step, k):
+    """The released order: the auxiliary model learns from a draw of its own, a generator pass more."""
+    rng = micro_rng(seed, step, k, run, 'fresh')
+    with torch.no_grad():
+        cond, _, tokens = draw_batch(nets, loaded, run, rng)
+    x_t, mask = remask(tokens, nets.generator.mask_id, schedule, rng, p_full, p_near)
+    with run.autocast:
+        aux_logits = nets.aux(x_t, cond)
+    return aux_loss(aux_logits, tokens, mask, label_smoothing)
+
+
+def update(nets, optimizers, loaded, run, step):
+    """One Di[M]O step: generator and auxiliary update -> numbers for the log, logits (B, N, V)."""
+    set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    nets.generator.zero_grad()
+    nets.aux.zero_grad()
+    numbers = {}
+    for k in range(run.accumulate):
+        rng = micro_rng(seed, step, k, run)
+        cond, logits, tokens = draw_batch(nets, loaded, run, rng)
+        # Generator: move z along the gradient of D(teacher || aux) at x_t
+        x_t, mask = remask(tokens, nets.generator.mask_id, schedule, rng, p_full, p_near)
+        with torch.set_grad_enabled(reuse), run.autocast:
+            grad, aux_logits = dimo_gradient(nets, x_t, mask, cond)
+        surrogate(logits, grad).backward()
+        # Auxiliary: the same pass at x_t, now with its own loss
+        if reuse:
+            psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
+            psi_loss.backward()
+    if (step + 1) % log_every == 0:
+        with run.autocast:
+            numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    numbers['norm_generator'] = take_step(nets.generator, optimizers['generator'], run, clip)
+    if not reuse:
+        for k in range(run.accumulate):
+            psi_loss = released_aux_loss(nets, loaded, run, step, k)
+            psi_loss.backward()
+    numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    ema_update(nets.generator_ema, nets.generator, ema_decay, step)
+    numbers.update(aux_loss=psi_loss.detach(), grad_logits=grad.norm() / run.micro)
+    return numbers, logits.detach()
 
 
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    config = configure(globals())
-    rank, world, device, autocast = start_processes()
-    micro, accumulate = split_batch(batch_size, micro_batch, world)
-    out = os.path.join(out_dir, 'distill.pt')
-    ours = teacher == 'ours'
-    if rank == 0 and ours and not teacher_ckpt:
-        train_missing(data, out_dir, seed)
-    if world > 1:
-        dist.barrier()
-    teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
-    packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-    if data not in WORLDS:
-        packed['data'] = data                                                 # the teacher's, which may have moved
-    tokenizer = Tokenizer.from_checkpoint(packed['tokenizer']).to(device)
-    words, prompts = packed['words'], packed['prompts'].long().to(device)     # prompts (M, T), the training captions
+    config = configure(globals(), RECIPES)
+    run = start_run(batch_size, micro_batch)
+    stage, folder = 'distill', out_folder(out_dir, teacher)
+    out = os.path.join(folder, f'{stage}.pt')
 
-    # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), all started from the teacher
-    teacher, generator, generator_ema, aux = (MDM(**packed['args']).to(device) for _ in range(4))
-    for network in (teacher, generator, generator_ema, aux):
-        restore(network, packed['ema'], teacher_path, 'ema')
-    teacher.eval().requires_grad_(False)
-    generator_ema.eval().requires_grad_(False)
-    for network in (generator, aux):
-        network.checkpointing = grad_checkpoint
-        for table in network.embedding_parameters() if freeze_tables else []:
-            table.requires_grad_(False)
-    trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
-    optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2)),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum)]
-    step, stop, smooth = 0, Stop(), {}
+    # Load the teacher; everything starts from it
+    if run.rank == 0 and teacher == 'ours' and not teacher_ckpt:
+        train_missing(data, folder, seed)
+    meet()
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder)
+    loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device)
+    start = dict(ema=loaded.net.state_dict(), aux=loaded.net.state_dict())
+
+    # Build the networks
+    nets = SimpleNamespace(teacher=loaded.net)
+    nets.generator = copy_of(loaded.net, start['ema'], path, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], path)
+    nets.aux = copy_of(loaded.net, start['aux'], path, True, freeze_tables, grad_checkpoint)
+
+    # Build the optimizers
+    optimizers = dict(
+        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2)),
+        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum))
+    step, smooth = 0, {}
     if resume:
-        state = load_resumed(out, 'distill', config)
-        same_tokens(packed, state, teacher_path, out)
-        for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux)):
-            restore(network, state[name], out, name)
-        restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)
-        step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
-    same_weights(generator, generator_ema, aux)
+        state = load_resumed(out, stage, config)
+        same_tokens(loaded, state, out)
+        restore(nets.generator, state['net'], out, 'net')
+        restore(nets.generator_ema, state['ema'], out, 'ema')
+        restore(nets.aux, state['aux'], out, 'aux')
+        restore_optimizers(optimizers, state['optimizers'], out)
+        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
+    same_weights(nets.generator, nets.generator_ema, nets.aux)
     if compile:
-        compile_blocks(teacher, generator, aux)
+        compile_blocks(nets.teacher, nets.generator, nets.aux)
 
-    # The printed plan
-    teacher_steps = min(teacher_steps, teacher.N)
-    log = Log(out, step) if rank == 0 and not bench else None
-    reference = None                                                          # published teachers may have no data
-    if packed['data']:
-        reference = Reference(Images(packed['data'], tokenizer.config['image_size'], expected=words), n_reference)
-    shown = reference.prompts(32)[0] if reference else [words[int(k)] for k in torch.linspace(0, len(words) - 1, 32)]
-    if rank == 0:
-        print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
-              f'{batch_size} = {world} x {accumulate} x {micro}, each of '
-              f'{7 + 2 * (not reuse) + (cfg_scale != 1)} forward-equivalents')
-
-    def draw_batch(rng):
-        """Captions, and what the generator makes of them: cond (B, T), logits (B, N, V), tokens (B, N)."""
-        cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device)]
-        with autocast:
-            return cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
-
-    def update():
-        """One Di[M]O step: generator and auxiliary update -> the numbers for the log."""
-        falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
-        generator.zero_grad()
-        aux.zero_grad()
-        # Generator: at x_t, move z along the gradient of D(teacher || aux) at the auxiliary logits
-        for k in range(accumulate):
-            rng = rng_for(seed, step, rank * accumulate + k, device)
-            cond, logits, tokens = draw_batch(rng)
-            x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
-            with torch.no_grad(), autocast:
-                teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
-            with torch.set_grad_enabled(reuse), autocast:
-                aux_logits = aux(x_t, cond)
-            grad = dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
-            surrogate(logits, grad).backward()
-            # Auxiliary: the same pass at x_t, now with its own loss
-            if reuse:
-                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
-                psi_loss.backward()
-        norms = [finish(0)]
-        if not reuse:
-            for k in range(accumulate):
-                rng = rng_for(seed, step, ('fresh', rank * accumulate + k), device)
-                with torch.no_grad():
-                    cond, _, tokens = draw_batch(rng)
-                x_t, fresh_mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
-                with autocast:
-                    psi_loss = aux_loss(aux(x_t, cond), tokens, fresh_mask, label_smoothing)
-                psi_loss.backward()
-        norms.append(finish(1))
-        ema_update(generator_ema, generator, ema_decay, step)
-        divergence = (jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
-                      if (step + 1) % log_every == 0 else None)
-        return dict(divergence=divergence, aux_loss=psi_loss.detach(), grad_logits=grad.norm() / micro,
-                    norm_generator=norms[0], norm_aux=norms[1]), logits.detach()
-
-    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
-
+    # Print the plan
+    if run.rank == 0:
+        print(f'3 x {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
+              f'{batch_size} = {run.world} x {run.accumulate} x {run.micro}')
     if bench:
-        report_bench(update, batch_size, device, autocast)
+        def bench_step():
+            update(nets, optimizers, loaded, run, step)
+        report_bench(bench_step, batch_size, run)
         raise SystemExit
-    student = lambda cond, rng: one_step(generator_ema, cond, r_init, sigma_init, tau_sample, rng)[1]
-    many_steps = lambda n: lambda cond, rng: sample_teacher(teacher, cond, n, teacher_cfg, teacher_gumbel, rng=rng)
-    conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
-    teacher_grid = render(many_steps(teacher_steps), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
-    bar = progress(steps, 'distill', step)
+    log = Log(out, step) if run.rank == 0 else None
+
+    # Show the teacher
+    reference = None                                   # published teachers may have no data
+    shown = loaded.examples(16)
+    if loaded.data:
+        reference = Reference(open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words),
+                              n_reference)
+        shown = reference.prompts(32)[0][:16]
+    most = min(teacher_steps, nets.teacher.N)
+    one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
+    if run.rank == 0:
+        teacher_grid, _ = render(teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel), loaded, shown, seed)
+
+    bar, stop = progress(steps, stage, step), Stop()
     while True:
-        # Save, show, measure, stop
-        ending = step >= steps or stop.now(step, device)
-        if rank == 0 and (step % save_every == 0 or ending):
+        ending = step >= steps or stop.now(step, run.device)
+        if run.rank == 0 and (step % save_every == 0 or ending):
+            # Save
             if step:
                 save_checkpoint(out, dict(
-                    stage='distill', step=step, config=config, args=generator.config, words=words, data=packed['data'],
-                    prompts=packed['prompts'], tokenizer=tokenizer.pack(), net=generator.state_dict(),
-                    ema=generator_ema.state_dict(), aux=aux.state_dict(), smooth=smooth,
-                    optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]]))
-            grid, _ = render(student, tokenizer, conditions(shown[:16]), seed)
-            save_grid(f'{out_dir}/distill-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
-            note = f'step {step}: grid in {out_dir}/distill-{step:06d}.png'
+                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth,
+                    net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
+                    optimizers=optimizer_states(optimizers)))
+            # Show
+            grid, _ = render(one_pass, loaded, shown, seed)
+            picture = f'{folder}/{stage}-{step:06d}.png'
+            save_grid(picture, torch.cat([teacher_grid, grid]), shown * 2)
+            bar.write(f'step {step}: grid in {picture}')
+            # Measure
             if reference:
                 captions, _ = reference.prompts(min(500, n_eval))
-                row = reference.measure(render(student, tokenizer, conditions(captions), seed)[0], captions)
-                note += f', toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} ({row["n"]} images)'
-            bar.write(note)
+                row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
+                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
+                          f'({row["n"]} images)')
         if ending:
             break
         # -------------------------------------------------------------------------
-        numbers, logits = update()
-        for key in ('aux_loss', 'grad_logits'):
-            smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
+        numbers, logits = update(nets, optimizers, loaded, run, step)
+        smoothed(smooth, numbers, SMOOTHED)
         step += 1
         bar.update()
-        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            check_finite(step, generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'])
-        if step % log_every == 0 and rank == 0:  # norms are of all processes, the rest of the last micro-batch here
+        # Log
+        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        if run.rank == 0 and (logging or saving):
+            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux']))
+        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
             entropy, top = token_entropy(logits)
-            row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top}.items()}
-            row = dict(step=step, **row)
+            row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
             bar.set_postfix({k: row[k] for k in ('divergence', 'aux_loss', 'entropy')}, refresh=False)
-            log.write(row)
+            log.write(dict(step=step, **row))
     bar.close()
 
-    # The table
-    if rank == 0 and step >= steps and not reference:
+    # Print the table
+    if run.rank == 0 and step >= steps and reference:
+        samplers = {}
+        for n in sorted({1, min(4, most), most}):
+            passes = teacher_passes(nets.teacher, n, teacher_cfg)
+            samplers[f'teacher, {n} steps'] = passes, teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
+        samplers['student, 1 step'] = 1, one_pass
+        final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
+    elif run.rank == 0 and step >= steps:
         print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
-    elif rank == 0 and step >= steps:
-        samplers = {f'teacher, {n} steps': (teacher_passes(teacher, n, teacher_cfg), many_steps(n))
-                    for n in sorted({1, min(4, teacher_steps), teacher_steps})}
-        final_table(out[:-3], {**samplers, 'student, 1 step': (1, student)}, tokenizer, reference, conditions, n_eval,
-                    seed, config)
-    end_processes()
+    end_run()

@@ -1,48 +1,55 @@
 """
 Stage 2a, Soft-Di[M]O (arXiv 2509.22925): refine the one-step generator with a GAN.
 
-The generator's logits enter the frozen teacher as soft embeddings, so a discriminator of light heads on the teacher's
-features sends gradients back to the generator; the Di[M]O surrogate stays on as the regulariser. This is the first
-stage that sees data. There is no official code to compare with; left out against other GANs on frozen features: R1
-penalty, augmentation, batch statistics. One generator pass serves all updates; one pass of the teacher over real and
-fake serves both players. Our choice: Muon on the heads' matrices, which learn the game first, alone.
+The generator's logits enter the frozen teacher as soft embeddings, so a discriminator of light heads
+on the teacher's features sends gradients back to the generator; the Di[M]O surrogate stays on as the
+regulariser. This is the first stage that sees data. There is no official code to compare with; left
+out against other GANs on frozen features: R1 penalty, augmentation, batch statistics. One generator
+pass serves all updates; one pass of the teacher over real and fake serves both players. Our choice:
+Muon on the heads' matrices, which learn the game first, alone.
 
 $ python gan.py                                         # after distill.py; about 6 minutes on 2 CPU cores
-$ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/smoke
-$ python gan.py --relax=st --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/st    # straight-through
-$ torchrun --nproc_per_node=8 gan.py --batch_size=1024 # published teachers: see README.md
-Expected (2 CPU cores, shapes world): see the results table in README.md, which this command prints at its end.
+$ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --out_dir=out/smoke
+$ python gan.py --relax=st --init=out/distill.pt --out_dir=out/st                    # straight-through
+$ torchrun --nproc_per_node=8 gan.py --init=out/maskbit/distill.pt --data=imagenet/train   # a published teacher
+Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, printed at its end.
 """
 import math
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, apply_gradients, aux_loss, both, check_finite,
-                   compile_blocks, configure, dimo_grad, ema_update, end_processes, final_table, frechet_distance,
-                   guided_logits, image_rngs, jeffreys, load_checkpoint, load_resumed, load_teacher, make_optimizers,
-                   one_step, progress, random_numbers, random_positions, relaxation_bias, relaxed, remask, render,
-                   report_bench, restore, restore_optimizers, rng_for, same_tokens, same_weights, sample_teacher,
-                   save_checkpoint, save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes,
-                   token_data, token_entropy, toy_features, word_ids)
+from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+                          restore_optimizers, save_checkpoint, settings_of)
+from common.images import captions_of, decode_images, draw_real, open_data, save_grid, token_data
+from common.metrics import Reference, final_table, frechet_distance, render, toy_features
+from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
+                        image_rngs, make_optimizers, micro_rng, out_folder, progress, rate_law,
+                        report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
+                        start_run, take_step)
+from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
+from model import (aux_loss, both, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
+                   random_numbers, random_positions, relaxation_bias, relaxed, remask, student_sampler,
+                   surrogate, teacher_passes, token_entropy)
 
 # -----------------------------------------------------------------------------
 # I/O
 init = ''              # generator to start from, '' = out_dir/distill.pt; any distill.pt, gan.pt or reward.pt
 data = ''              # real images, '' = what the teacher was trained on, or a folder
 flips = False          # mirrored real images too, as MaskGIT and MaskBit were trained
-out_dir = 'out'        # model.pt is found here; gan.pt, log and pictures go here
-teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit
+out_dir = ''           # gan.pt, log and pictures go here, '' = out/ or out/NAME of the teacher
+teacher = 'ours'       # this and the next four: read from the generator's checkpoint unless given
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
-teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = 16
-teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
+teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
+teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and toy FD of 1,000 images
+save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
 n_eval = 2000          # images behind each row of the final table
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # GAN
@@ -72,6 +79,10 @@ weight_decay = 0.0     # paper .01 in the long MaskBit run
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
+r_init = 0.6           # this and the next three: what the generator was made for, read from its checkpoint
+sigma_init = 0.1       # std of the noise on its token embeddings
+tau = 1.0              # temperature of the one-step sample in training
+tau_sample = 1.0       # the same in pictures and tables
 beta = 0.0             # generalized Jeffreys: 0 forward KL, which covers modes; 1 reverse KL
 cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
 p_full = 0.25          # share of re-maskings that hide everything; paper 0
@@ -89,8 +100,34 @@ compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 bias = False           # print the bias of the soft embedding beside its bound for teacher, init and gan.pt, and stop
+
+# What --teacher=NAME changes: the paper's values (w_gan, r_max, rates of the long MaskBit run); steps is our guess
+RECIPES = {
+    'maskgit': dict(
+        flips=True, steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
+        disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0, beta2=0.999, warmup=100, cooldown=0.0, beta=-0.2,
+        cfg_scale=2.0, p_full=0.0, p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000,
+        teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
+    'maskbit': dict(
+        flips=True, steps=30_000, batch_size=64, generator_lr=5e-7, aux_lr=5e-7, generator_muon=0.0, aux_muon=0.0,
+        disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0, weight_decay=0.01, beta2=0.999, warmup=100,
+        cooldown=0.0, cfg_scale=2.0, p_full=0.0, p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000,
+        teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+
+# Settings that the generator's checkpoint hands on
+INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teacher_ckpt', 'r_init', 'sigma_init',
+             'tau', 'tau_sample')
+
+LIMITS = dict(         # a number is the least value, a pair a range, words a choice
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
+    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
+    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
+    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
+    ema_decay=(0, 1), teacher_steps=1,
+    relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0, disc_muon=0, disc_warmup=0, disc_width=1,
+    weight_decay=0)
 # -----------------------------------------------------------------------------
-# The discriminator and its losses
+# The discriminator
 
 def head_layers(depth):
     """Blocks that carry a head, counted from 1: three below depth 12, else four, evenly spaced up to the last."""
@@ -100,40 +137,58 @@ def head_layers(depth):
 
 class Head(nn.Module):
     """One light head: hidden states (B, L, D), conditions (B, C) -> a logit per token (B, L). Neighbouring tokens are
-    mixed by a depthwise 3x3 convolution; the condition enters as a projection (Miyato & Koyama 2018), from zero."""
+    mixed by a depthwise convolution, 3x3 where they stand on a grid (rows, columns), else of width 9 along the line;
+    the condition enters as a projection (Miyato & Koyama 2018), from zero."""
 
-    def __init__(self, D, width, L, C, spectral):
+    def __init__(self, D, width, grid, C, spectral):
         super().__init__()
-        norm = nn.utils.parametrizations.spectral_norm if spectral else lambda layer: layer
-        self.grid = math.isqrt(L)
-        if self.grid ** 2 != L:
-            raise ValueError(f'the heads mix tokens on a square grid; {L} tokens are none')
-        self.enter, self.join = norm(nn.Linear(D, width)), norm(nn.Linear(width, width))
-        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.leave, self.score = norm(nn.Linear(width, 64)), nn.Linear(64, 1)
-        self.condition = nn.Linear(C, 64)                                    # outside spectral norm: 0 / 0
+        self.grid = grid
+        self.enter = bounded(nn.Linear(D, width), spectral)
+        self.join = bounded(nn.Linear(width, width), spectral)
+        if grid:
+            self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        else:
+            self.mix = nn.Conv1d(width, width, 9, padding=4, groups=width)
+        self.leave = bounded(nn.Linear(width, 64), spectral)
+        self.score = nn.Linear(64, 1)
+        self.condition = nn.Linear(C, 64)              # outside spectral norm: 0 / 0
         nn.init.zeros_(self.condition.weight)
         nn.init.zeros_(self.condition.bias)
 
+    def neighbours(self, h):
+        h = h.transpose(1, 2)                          # (B, width, L)
+        if self.grid:
+            h = h.unflatten(2, self.grid)              # (B, width, rows, columns)
+        return self.mix(h).flatten(2).transpose(1, 2)
+
     def forward(self, h, c):
-        h = F.leaky_relu(self.enter(F.layer_norm(h.float(), h.shape[-1:])), 0.2)         # (B, L, width)
-        mixed = self.mix(h.transpose(1, 2).unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
-        o = self.leave(F.leaky_relu((h + self.join(mixed)) / 2 ** 0.5, 0.2))             # (B, L, 64)
-        return self.score(o)[..., 0] + (o * self.condition(c)[:, None]).sum(-1) / 8
+        h = F.layer_norm(h.float(), h.shape[-1:])
+        h = F.leaky_relu(self.enter(h), 0.2)           # (B, L, width)
+        mixed = self.join(self.neighbours(h))
+        h = F.leaky_relu((h + mixed) / 2 ** 0.5, 0.2)
+        o = self.leave(h)                              # (B, L, 64)
+        projection = (o * self.condition(c)[:, None]).sum(-1) / 8      # over sqrt(64)
+        return self.score(o)[..., 0] + projection
+
+
+def bounded(layer, spectral):
+    """A linear layer, perhaps with its spectral norm held at 1."""
+    return nn.utils.parametrizations.spectral_norm(layer) if spectral else layer
 
 
 class Discriminator(nn.Module):
     """Heads on the frozen teacher's hidden states: D(emb_r, r) of Soft-Di[M]O (arXiv 2509.22925). `states` is a list
-    of (B, L, D), words (B, C) the flattened condition, r (B, 1) the masked share -> one logit per image (B,)."""
+    of (B, L, D), pooled (B, C) the condition as one vector, r (B, 1) the masked share -> one logit per image (B,)."""
 
-    def __init__(self, D, L, layers, C, width, spectral):
+    def __init__(self, D, grid, layers, C, width, spectral):
         super().__init__()
-        self.heads = nn.ModuleList([Head(D, min(D, width), L, C + 32, spectral) for _ in layers])
+        self.heads = nn.ModuleList([Head(D, min(D, width), grid, C + 32, spectral) for _ in layers])
 
-    def forward(self, states, words, r):
-        angle = r * torch.exp(torch.linspace(0, math.log(1000), 16, device=r.device))   # (B, 16)
-        c = torch.cat([words.float(), angle.sin(), angle.cos()], 1)                      # (B, C + 32)
-        return torch.stack([head(h, c).mean(1) for head, h in zip(self.heads, states)]).mean(0)
+    def forward(self, states, pooled, r):
+        angle = r * torch.exp(torch.linspace(0, math.log(1000), 16, device=r.device))    # (B, 16)
+        c = torch.cat([pooled.float(), angle.sin(), angle.cos()], 1)                     # (B, C + 32)
+        logits = [head(h, c).mean(1) for head, h in zip(self.heads, states)]
+        return torch.stack(logits).mean(0)
 
 
 def disc_loss(real_logits, fake_logits, hinge):
@@ -148,6 +203,148 @@ def gan_loss(fake_logits, hinge):
     return -fake_logits.mean() if hinge else F.softplus(-fake_logits).mean()
 
 
+# -----------------------------------------------------------------------------
+# This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi), disc
+
+SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss', 'grad_gan')
+
+
+def draw_batch(nets, loaded, dataset, run, rng):
+    """Real tokens (B, N), the condition of their captions, and what the generator makes of it: logits, tokens."""
+    real, ids = draw_real(dataset, nets.generator.N, run, rng)
+    cond = loaded.encode(captions_of(ids, loaded.words))
+    with run.autocast:
+        logits, tokens = one_step(nets.generator, cond, r_init, sigma_init, tau, rng)
+    return real, cond, logits, tokens
+
+
+def dimo_gradient(nets, x_t, mask, cond):
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
+    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
+    with torch.no_grad():
+        teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return dimo_grad(teacher_logits, aux_logits.detach(), mask, beta), aux_logits
+
+
+@torch.no_grad()
+def divergence(nets, x_t, mask, cond):
+    """D(teacher || aux) at x_t per masked token, which that gradient descends: for the log."""
+    teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
+
+
+def look(teacher, real, logits, cond, rng):
+    """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share r ~ U[0, r_max], in
+    one pass of the frozen teacher -> its hidden states, real half first: list of (2 B, L, D); r (B, 1)."""
+    r = r_max * random_numbers((len(real), 1), rng, real.device)
+    hidden = random_positions(real.shape, (r * teacher.N).round(), rng, real.device)
+    fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)    # Soft-Di[M]O Eq. 3
+    real_emb = teacher.embed(real, hidden)
+    layers = head_layers(len(teacher.blocks))
+    states = teacher.features(torch.cat([real_emb, fake_emb]), both(cond, cond), layers)
+    return states, r
+
+
+def judge(disc, states, pooled, r):
+    """Train the heads on the states of `look`, of which no gradient is taken -> numbers for the log."""
+    seen = [h.detach() for h in states]
+    verdict = disc.train()(seen, torch.cat([pooled, pooled]), torch.cat([r, r]))
+    d_real, d_fake = verdict.chunk(2)
+    loss = disc_loss(d_real, d_fake, hinge)
+    loss.backward()
+    return dict(d_loss=loss.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean(),
+                acc_real=(d_real > 0).float().mean(), acc_fake=(d_fake < 0).float().mean())
+
+
+def gan_gradient(disc, fake_states, pooled, r, logits):
+    """d(-log D(emb_r, r)) / dz, per image: (B, N, V). The one place to edit for another generator loss."""
+    disc.eval()                                        # no power iteration of the spectral norm
+    loss = gan_loss(disc(fake_states, pooled, r), hinge)
+    return torch.autograd.grad(loss, logits)[0].float() * len(logits)
+
+
+def look_and_judge(nets, real, logits, cond, run, rng):
+    with run.autocast:
+        states, r = look(nets.teacher, real, logits, cond, rng)
+        pooled = nets.teacher.pooled(cond)             # (B, C)
+    return states, pooled, r, judge(nets.disc, states, pooled, r)
+
+
+def update(nets, optimizers, loaded, dataset, run, step):
+    """One step of generator, auxiliary model and discriminator -> numbers for the log, logits (B, N, V)."""
+    set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    nets.generator.zero_grad()
+    nets.aux.zero_grad()
+    nets.disc.zero_grad()
+    numbers = {}
+    for k in range(run.accumulate):
+        rng = micro_rng(seed, step, k, run)
+        real, cond, logits, tokens = draw_batch(nets, loaded, dataset, run, rng)
+        total = torch.zeros_like(logits, dtype=torch.float32)      # gradient of the whole loss at the logits, times B
+        # Di[M]O: the regulariser, and the auxiliary model's own loss
+        if w_dimo:
+            x_t, mask = remask(tokens, nets.generator.mask_id, schedule, rng, p_full, p_near)
+            with run.autocast:
+                grad, aux_logits = dimo_gradient(nets, x_t, mask, cond)
+            psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
+            psi_loss.backward()
+            total += w_dimo * grad
+            numbers.update(aux_loss=psi_loss.detach(), grad_dimo=total.norm() / run.micro)
+        # GAN: the same states serve both players
+        if w_gan:
+            states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
+            fake_states = [h[run.micro:] for h in states]
+            grad = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
+            with torch.no_grad():
+                g_loss = gan_loss(nets.disc(fake_states, pooled, r), hinge)
+            total += grad
+            numbers.update(health, g_loss=g_loss, grad_gan=grad.norm() / run.micro)
+        surrogate(logits, total).backward()
+    if w_dimo and (step + 1) % log_every == 0:
+        with run.autocast:
+            numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    numbers.update(norm_generator=take_step(nets.generator, optimizers['generator'], run, clip),
+                   norm_aux=torch.zeros(()), norm_disc=torch.zeros(()))
+    if w_dimo:
+        numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    if w_gan:
+        numbers['norm_disc'] = take_step(nets.disc, optimizers['disc'], run, clip)
+    ema_update(nets.generator_ema, nets.generator, ema_decay, step)
+    return numbers, logits.detach()
+
+
+def warm_up_heads(nets, optimizers, loaded, dataset, run, stop):
+    """The discriminator alone learns the game first."""
+    bar = progress(disc_warmup, 'discriminator')
+    for step in range(disc_warmup):
+        if stop.now(step, run.device):
+            break
+        nets.disc.zero_grad()
+        for k in range(run.accumulate):
+            rng = micro_rng(seed, -1 - step, k, run)
+            with torch.no_grad():
+                real, cond, logits, _ = draw_batch(nets, loaded, dataset, run, rng)
+            look_and_judge(nets, real, logits, cond, run, rng)
+        take_step(nets.disc, optimizers['disc'], run, clip)
+        bar.update()
+    bar.close()
+
+
+# -----------------------------------------------------------------------------
+# Its instruments
+
+@torch.no_grad()
+def relaxation_gap(nets, loaded, captions):
+    """Toy FD between decoded softmax(z / tau_soft), whatever `relax` is, and hard samples of the same z."""
+    rngs = image_rngs(seed, range(len(captions)), loaded.device)
+    logits, tokens = one_step(nets.generator_ema, loaded.encode(captions), r_init, sigma_init, tau, rngs)
+    soft = decode_images(loaded.tokenizer, relaxed(logits, 'soft', tau_soft), captions)
+    hard = decode_images(loaded.tokenizer, tokens, captions)
+    return frechet_distance(toy_features(soft), toy_features(hard))
+
+
 def advice(row, first):
     """What the health numbers of a log line, beside those of the first line, ask for: a set of sentences."""
     asked = set()
@@ -160,255 +357,191 @@ def advice(row, first):
     return asked
 
 
+def print_bias(loaded, made_by, captions):
+    """The bias of soft embeddings beside its bound, for generators {name: weights}: through the decoder, and through
+    the teacher's first block."""
+    teacher, tokenizer = loaded.net, loaded.tokenizer
+    cond = loaded.encode(captions)
+
+    def first_block(e):
+        emb = teacher.input_proj(e.reshape(len(e), teacher.L, -1))
+        return teacher.features(emb, cond, [1])[0]
+    through = {'decoder': (tokenizer.decode_latents, tokenizer.table),
+               'first block': (first_block, teacher.table[:teacher.V])}
+    print(f'soft embeddings of {len(captions)} captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}'
+          'entropy  tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
+    for name, weights in made_by.items():
+        network = copy_of(teacher, weights, name)
+        rngs = image_rngs(seed, range(len(captions)), loaded.device)
+        logits, _ = one_step(network, cond, r_init, sigma_init, tau, rngs)
+        z = logits.float() / tau_soft
+        probs, entropy = z.softmax(-1), token_entropy(z)[0]
+        for what, (f, table) in through.items():
+            gap, bound, trace = relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', loaded.device))
+            size = f(probs @ table).flatten(1).norm(dim=1).mean()
+            print(f'{name:34s}{what:18s}{entropy:7.3f}{trace.mean():11.3f}{gap.mean():19.3f}{bound.mean():8.3f}'
+                  f'{gap.mean() / size:23.4f}')
+
+
+def start_path(settings):
+    return settings['init'] or os.path.join(out_folder(settings['out_dir'], settings['teacher']), 'distill.pt')
+
+
+def handed_on(settings, given):
+    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts from."""
+    return settings_of(start_path(settings), INHERITED)
+
+
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    config = configure(globals())
-    rank, world, device, autocast = start_processes()
-    micro, accumulate = split_batch(batch_size, micro_batch, world)
+    config = configure(globals(), RECIPES, handed_on)
+    run = start_run(batch_size, micro_batch)
+    stage, folder = 'gan', out_folder(out_dir, teacher)
+    out = os.path.join(folder, f'{stage}.pt')
     if not w_gan and not w_dimo:
-        raise SystemExit('gan.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
-    if bias and world > 1:
-        raise SystemExit('gan.py: --bias runs as one process; start it with python, not torchrun')
-    out, init = os.path.join(out_dir, 'gan.pt'), init or os.path.join(out_dir, 'distill.pt')
-    ours, untrained = teacher == 'ours', bench and teacher_path == 'random'   # untrained: time a published size
-    teacher_path = (teacher_ckpt or os.path.join(out_dir, 'model.pt')) if ours else teacher_path
-    if untrained:
-        packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-        start = dict(packed, aux=packed['ema'], config=dict(r_init=0.6, sigma_init=0.1, tau=1.0, tau_sample=1.0))
-    else:
-        start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-        data = data or start['data']
-        if not data:
-            raise SystemExit('gan.py: the discriminator needs real images; give --data=FOLDER of class folders')
-        packed = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads)
-        same_tokens(packed, start, teacher_path, init)
-    start['config'].setdefault('tau_sample', 1.0)                             # files made before it existed
-    made = {key: start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample')}
-    config.update(made)                                       # what the generator was made for
-    r_init, sigma_init, tau, tau_sample = made.values()
-    tokenizer = Tokenizer.from_checkpoint(start['tokenizer'], tokenizer_path).to(device)
-    words, T = packed['words'], start['args']['T']
+        raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
 
-    # Networks: teacher (phi), generator (theta) and its average, auxiliary (psi), discriminator
-    teacher, generator, generator_ema, aux = (MDM(**start['args']).to(device) for _ in range(4))
-    restore(teacher, packed['ema'], teacher_path, 'ema')
-    for network, weights in ((generator, 'ema'), (generator_ema, 'ema'), (aux, 'aux')):
-        restore(network, start[weights], init, weights)
-    teacher.eval().requires_grad_(False)
-    generator_ema.eval().requires_grad_(False)
-    teacher.checkpointing = grad_checkpoint                                  # the heads' gradient passes through it
-    for network in (generator, aux):
-        network.checkpointing = grad_checkpoint
-        for table in network.embedding_parameters() if freeze_tables else []:
-            table.requires_grad_(False)
-    some_prompts = lambda n: start['prompts'][torch.arange(n) % len(start['prompts'])].long().to(device)
+    # Load the generator to start from, and its teacher
+    first = start_path(config)
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
+    untrained = bench and teacher_path == 'random'     # to time a published size
+    if untrained:
+        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device)
+        start = dict(stage='model', ema=loaded.net.state_dict(), aux=loaded.net.state_dict())
+    else:
+        start = load_checkpoint(first, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
+        loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
+        same_tokens(loaded, start, first)
+        if not loaded.data:
+            raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders')
+
+    # Build the networks
+    nets = SimpleNamespace(teacher=loaded.net)
+    nets.teacher.checkpointing = grad_checkpoint       # the heads' gradient passes through it
+    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
+    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
     if bias:
-        cond = some_prompts(32)
-        first_block = lambda e: teacher.features(teacher.input_proj(e.reshape(len(e), teacher.L, -1)), cond, [1])[0]
-        made_by = {'teacher, untrained as generator': packed, f'{start["stage"]}.pt': start}
+        made_by = {'teacher, untrained as generator': loaded.net.state_dict(), f'{start["stage"]}.pt': start['ema']}
         if os.path.exists(out):
-            made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)
-        print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
-              'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
-        for name, state in made_by.items():
-            network = MDM(**start['args']).to(device).eval().requires_grad_(False)
-            restore(network, state['ema'], name, 'ema')
-            rngs = image_rngs(seed, range(32), device)
-            z = one_step(network, cond, r_init, sigma_init, tau, rngs)[0].float() / tau_soft
-            probs = z.softmax(-1)
-            for what, f, table in (('decoder', tokenizer.decode_latents, tokenizer.table),
-                                   ('first block', first_block, teacher.table[:teacher.V])):
-                rng = rng_for(seed, 0, 'bias', device)
-                gap, bound, trace = (x.mean() for x in relaxation_bias(f, probs, table, rng))
-                size = f(probs @ table).flatten(1).norm(dim=1).mean()
-                print(f'{name:34s}{what:18s}{token_entropy(z)[0]:7.3f}{trace:11.3f}{gap:19.3f}{bound:8.3f}'
-                      f'{gap / size:23.4f}')
+            made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)['ema']
+        print_bias(loaded, made_by, loaded.first(32))
         raise SystemExit
-    layers = head_layers(len(teacher.blocks))
     torch.manual_seed(seed)
-    disc = Discriminator(teacher.D, teacher.L, layers, T * teacher.D, disc_width, spectral).to(device)
-    trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux, disc)]
-    optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum),
-                  make_optimizers(disc, disc_muon, disc_lr, (0.9, 0.99))]
+    layers = head_layers(len(nets.teacher.blocks))
+    pooled_width = nets.teacher.pooled(loaded.encode(loaded.first(1))).shape[1]
+    nets.disc = Discriminator(nets.teacher.D, nets.teacher.grid, layers, pooled_width, disc_width, spectral)
+    nets.disc.to(run.device)
+
+    # Build the optimizers
+    optimizers = dict(
+        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
+        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum),
+        disc=make_optimizers(nets.disc, disc_muon, disc_lr, (0.9, 0.99)))
     step, smooth = 0, {}
     if resume:
-        state = load_resumed(out, 'gan', config)
-        same_tokens(packed, state, teacher_path, out)
-        for name, network in (('net', generator), ('ema', generator_ema), ('aux', aux), ('disc', disc)):
-            restore(network, state[name], out, name)
-        restore_optimizers(sum(optimizers, []), state['optimizers'], out)
-        set_rate(optimizers[2], 1)                                           # the others' follow in every update
-        step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
-    same_weights(generator, generator_ema, aux, disc)
+        state = load_resumed(out, stage, config)
+        same_tokens(loaded, state, out)
+        restore(nets.generator, state['net'], out, 'net')
+        restore(nets.generator_ema, state['ema'], out, 'ema')
+        restore(nets.aux, state['aux'], out, 'aux')
+        restore(nets.disc, state['disc'], out, 'disc')
+        restore_optimizers(optimizers, state['optimizers'], out)
+        set_rates(optimizers['disc'], 1)               # the others' follow in every update
+        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
+    same_weights(nets.generator, nets.generator_ema, nets.aux, nets.disc)
     if compile:
-        compile_blocks(teacher, generator, aux)
+        compile_blocks(nets.teacher, nets.generator, nets.aux)
 
-    # The printed plan
-    log = Log(out, step) if rank == 0 and not bench else None
+    # Load the real images
     if untrained:
-        dataset = torch.randint(min(teacher.V, len(words)), (64, teacher.N + T), generator=rng_for(seed, 0)).numpy()
+        ids = torch.randint(min(nets.teacher.V, len(loaded.words)), (64, nets.teacher.N + 1), generator=rng_for(seed, 0))
+        dataset = ids.numpy()
     else:
-        source = Images(data, tokenizer.config['image_size'], packed['config'].get('n_images', 0), words)
-        flips |= packed['config'].get('flips', False)                         # as our teacher was trained
-        dataset = token_data(source, tokenizer, out_dir, device, flips=flips)  # (M, N + T): real tokens, captions
-        reference = Reference(source, n_reference)
-        shown, _ = reference.prompts(32)
-    teacher_steps = min(teacher_steps, teacher.N)
-    if rank == 0:
-        print(f'generator {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '
-              f'{layers} {sum(p.numel() for p in disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images, {steps} '
-              f'updates of {batch_size} = {world} x {accumulate} x {micro}')
+        size, n_images = loaded.tokenizer.config['image_size'], loaded.config.get('n_images', 0)
+        source = open_data(loaded.data, size, n_images, expected=loaded.words)
+        mirrored = flips or loaded.config.get('flips', False)      # as our teacher was trained
+        dataset = token_data(source, loaded.tokenizer, folder, run.device, flips=mirrored)     # (M, N + T)
 
-    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
-
-    def draw_batch(rng):
-        """Real tokens (B, N), their captions (B, T), and what the generator makes of these: logits, tokens."""
-        index = torch.randint(len(dataset), (micro,), generator=rng, device=device).sort().values
-        rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(device)
-        real, cond = rows.split([generator.N, T], 1)
-        with autocast:
-            return real, cond, *one_step(generator, cond, r_init, sigma_init, tau, rng)
-
-    def discriminate(real, cond, logits, rng):
-        """Real hard and fake soft embeddings, masked alike, in one pass of the frozen teacher; the discriminator's
-        loss on them. -> teacher's states of both halves, its view of the condition, r, numbers for the log"""
-        r = r_max * random_numbers((micro, 1), rng, device)                   # (B, 1), r ~ U[0, r_max]
-        hidden = random_positions(real.shape, (r * generator.N).round(), rng, device)  # (B, N)
-        with autocast:
-            fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)      # Soft-Di[M]O Eq. 3
-            emb = torch.cat([teacher.embed(real, hidden), fake_emb])                     # (2 B, L, D)
-            states = teacher.features(emb, both(cond, cond), layers)
-            c = teacher.cond_emb(cond).flatten(1)                             # (B, T D)
-        d_real, d_fake = disc.train()([h.detach() for h in states], torch.cat([c, c]), torch.cat([r, r])).chunk(2)
-        loss = disc_loss(d_real, d_fake, hinge)
-        loss.backward()
-        return states, c, r, dict(
-            d_loss=loss.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean(),
-            acc_real=(d_real > 0).float().mean(), acc_fake=(d_fake < 0).float().mean())
-
-    def update():
-        """One step of generator, auxiliary model and discriminator -> the numbers for the log, logits."""
-        falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
-        for network in (generator, aux, disc):
-            network.zero_grad()
-        numbers = {}
-        for k in range(accumulate):
-            rng = rng_for(seed, step, rank * accumulate + k, device)
-            real, cond, logits, tokens = draw_batch(rng)
-            grad = torch.zeros_like(logits, dtype=torch.float32)              # of the whole loss at the logits, times B
-            # Di[M]O: the regulariser, and the auxiliary model's own loss
-            if w_dimo:
-                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
-                with torch.no_grad(), autocast:
-                    teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
-                with autocast:
-                    aux_logits = aux(x_t, cond)
-                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
-                psi_loss.backward()
-                grad += w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
-                numbers.update(aux_loss=psi_loss.detach(), grad_dimo=grad.norm() / micro)
-            # GAN: the same features serve both players, the heads frozen for the generator's part
-            if w_gan:
-                states, c, r, health = discriminate(real, cond, logits, rng)
-                disc.eval().requires_grad_(False)
-                g_loss = gan_loss(disc([h[micro:] for h in states], c, r), hinge)
-                gan_grad = w_gan * torch.autograd.grad(g_loss, logits)[0].float() * micro
-                disc.requires_grad_(True)
-                grad += gan_grad
-                numbers.update(health, g_loss=g_loss.detach(), grad_gan=gan_grad.norm() / micro)
-            surrogate(logits, grad).backward()
-        numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()),
-                       norm_disc=finish(2) if w_gan else torch.zeros(()))
-        ema_update(generator_ema, generator, ema_decay, step)
-        if w_dimo and (step + 1) % log_every == 0:
-            numbers['divergence'] = jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
-        return numbers, logits.detach()
-
+    # Print the plan
+    if run.rank == 0:
+        print(f'generator {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '
+              f'{layers} {sum(p.numel() for p in nets.disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images')
+        print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
     if bench:
-        report_bench(update, batch_size, device, autocast)
+        def bench_step():
+            update(nets, optimizers, loaded, dataset, run, step)
+        report_bench(bench_step, batch_size, run)
         raise SystemExit
-    one_pass = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau_sample, rng)[1]
-    many_steps = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
-    conditions = lambda captions: word_ids(captions, words, T).to(device)
-    gap_cond = some_prompts(250)
+    log = Log(out, step) if run.rank == 0 else None
 
-    @torch.no_grad()
-    def relaxation_gap():
-        """Toy FD between decoded softmax(z / tau_soft), whatever `relax` is, and hard samples of the same z."""
-        rngs = image_rngs(seed, range(250), device)
-        logits, tokens = one_step(generator_ema, gap_cond, r_init, sigma_init, tau, rngs)
-        soft, hard = (torch.cat([toy_features(tokenizer.decode(part)) for part in x.split(tokenizer.batch)])
-                      for x in (relaxed(logits, 'soft', tau_soft), tokens))
-        return frechet_distance(soft, hard)
+    # Show the teacher
+    reference = Reference(source, n_reference)
+    shown = reference.prompts(32)[0][:16]
+    most = min(teacher_steps, nets.teacher.N)
+    one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
+    if run.rank == 0:
+        teacher_grid, _ = render(teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel), loaded, shown, seed)
 
-    teacher_grid = render(many_steps, tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
-    # The discriminator alone learns the game first
-    alone, stop = disc_warmup if step == 0 and w_gan else 0, Stop()
-    bar = progress(alone, 'discriminator')
-    for k in range(alone):
-        if stop.now(k, device):
-            break
-        disc.zero_grad()
-        for part in range(accumulate):
-            rng = rng_for(seed, -1 - k, rank * accumulate + part, device)
-            with torch.no_grad():
-                real, cond, logits, _ = draw_batch(rng)
-            discriminate(real, cond, logits, rng)
-        finish(2)
-        bar.update()
-    bar.close()
-    bar, warned, first = progress(steps, 'gan', step), set(), None
+    stop, warned, first_row = Stop(), set(), None
+    if step == 0 and w_gan:
+        warm_up_heads(nets, optimizers, loaded, dataset, run, stop)
+    bar = progress(steps, stage, step)
     while True:
-        # Save, show, measure, stop
-        ending = step >= steps or stop.now(step, device)
-        if rank == 0 and (step % save_every == 0 or ending):
+        ending = step >= steps or stop.now(step, run.device)
+        if run.rank == 0 and (step % save_every == 0 or ending):
+            # Save
             if step:
                 save_checkpoint(out, dict(
-                    stage='gan', step=step, config=config, args=generator.config, words=words, data=data,
-                    prompts=start['prompts'], tokenizer=tokenizer.pack(), net=generator.state_dict(),
-                    ema=generator_ema.state_dict(), aux=aux.state_dict(), disc=disc.state_dict(), smooth=smooth,
-                    optimizers=[o.state_dict() for o in sum(optimizers, [])]))
-            grid, _ = render(one_pass(generator_ema), tokenizer, conditions(shown[:16]), seed)
-            save_grid(f'{out_dir}/gan-{step:06d}.png', torch.cat([teacher_grid, grid]), shown[:16] * 2)
-            captions, _ = reference.prompts(min(1000, n_eval))
-            row = reference.measure(render(one_pass(generator_ema), tokenizer, conditions(captions), seed)[0], captions)
+                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth, disc=nets.disc.state_dict(),
+                    net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
+                    optimizers=optimizer_states(optimizers)))
+            # Show
+            grid, _ = render(one_pass, loaded, shown, seed)
+            picture = f'{folder}/{stage}-{step:06d}.png'
+            save_grid(picture, torch.cat([teacher_grid, grid]), shown * 2)
+            bar.write(f'step {step}: grid in {picture}')
+            # Measure
+            captions, _ = reference.prompts(min(500, n_eval))
+            row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
             bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
-                      f'({row["n"]} images), grid in {out_dir}/gan-{step:06d}.png')
+                      f'({row["n"]} images)')
         if ending:
             break
         # -------------------------------------------------------------------------
-        numbers, logits = update()
-        for key in (k for k in numbers if k != 'divergence' and not k.startswith('norm_')):  # in order: equal files
-            smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
+        numbers, logits = update(nets, optimizers, loaded, dataset, run, step)
+        smoothed(smooth, numbers, SMOOTHED)
         step += 1
         bar.update()
-        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            check_finite(step, **{f'{name}_lr': numbers[f'norm_{name}'] for name in ('generator', 'aux', 'disc')})
-        if step % log_every == 0 and rank == 0:
+        # Log
+        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        if run.rank == 0 and (logging or saving):
+            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'],
+                                    disc_lr=numbers['norm_disc']))
+        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
             entropy, top = token_entropy(logits)
             if w_dimo and w_gan:
                 numbers['ratio'] = smooth['grad_gan'] / smooth['grad_dimo']
-            row = {k: round(float(v), 5) for k, v in {**numbers, **smooth, 'entropy': entropy, 'max_prob': top,
-                                                      'gap': relaxation_gap()}.items()}
-            log.write(dict(step=step, **row))
+            numbers['gap'] = relaxation_gap(nets, loaded, loaded.first(250))
+            row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
             bar.set_postfix({k: row[k] for k in ('divergence', 'acc_real', 'acc_fake', 'entropy') if k in row},
                             refresh=False)
-            first = first or row
-            for text in advice(row, first) - warned:
+            log.write(dict(step=step, **row))
+            first_row = first_row or row
+            for text in advice(row, first_row) - warned:
                 bar.write(f'step {step}: {text}')
                 warned.add(text)
     bar.close()
 
-    # The table
-    if rank == 0 and step >= steps:
-        before = MDM(**start['args']).to(device).eval()
-        restore(before, start['ema'], init, 'ema')
-        passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
-        samplers = {f'teacher, {teacher_steps} steps': (passes, many_steps),
-                    f'{start["stage"]}{" before" * (start["stage"] == "gan")}, 1 step': (1, one_pass(before)),
-                    'gan, 1 step': (1, one_pass(generator_ema))}
-        final_table(out[:-3], samplers, tokenizer, reference, conditions, n_eval, seed, config)
-    end_processes()
+    # Print the table
+    if run.rank == 0 and step >= steps:
+        samplers = {}
+        passes = teacher_passes(nets.teacher, most, teacher_cfg)
+        samplers[f'teacher, {most} steps'] = passes, teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
+        before = f'{start["stage"]} before' if start['stage'] == 'gan' else start['stage']
+        start_net = copy_of(loaded.net, start['ema'], first)
+        samplers[f'{before}, 1 step'] = 1, student_sampler(start_net, r_init, sigma_init, tau_sample)
+        samplers['gan, 1 step'] = 1, one_pass
+        final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
+    end_run()

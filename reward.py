@@ -3,40 +3,46 @@ Stage 2b, rewards (Soft-Di[M]O, arXiv 2509.22925): follow the prompt better, by 
 
     loss = - sum_i w_i R_i(decode(softmax(z)), prompt) + w_dimo Di[M]O surrogate
 
-Left out: the GAN term (start from its result instead, --init=out/gan.pt: both terms in one loop would double this file)
-and activation checkpointing. Added: a held-out reward that is never optimised and ends the run when it turns. The
-settings of the Di[M]O term (r_init, beta, tau, ...) are read from the checkpoint that the run starts from.
+Left out: the GAN term (start from its result instead, --init=out/gan.pt: both terms in one loop would
+double this file) and activation checkpointing. Added: a held-out reward that is never optimised and
+ends the run when it turns. The settings of the Di[M]O term (r_init, beta, tau, ...) are read from the
+checkpoint that the run starts from.
 
 $ python reward.py                              # from out/distill.pt; trains its two small reward models if missing
-$ python reward.py --w_dimo=0 --patience=0 --init=out/distill.pt --teacher_ckpt=out/model.pt --out_dir=out/hack
-                                                # what happens without the Di[M]O term
+$ python reward.py --w_dimo=0 --patience=0 --init=out/distill.pt --out_dir=out/hack   # without the Di[M]O term
 $ python reward.py --relax=st --init=out/gan.pt # straight-through instead of soft, from another generator
 $ python reward.py --w_clip=0 --w_hps=5 --hps_path=HPS_v2.1_compressed.pt   # a published reward (needs transformers)
 $ torchrun --nproc_per_node=8 reward.py --batch_size=1024 --generator_lr=1e-5 --aux_lr=1e-5
-Expected (2 CPU cores, shapes world): see "Rewards" in README.md.
+Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, printed at its end.
 """
-import math
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
 
-from model import (MDM, Images, Log, Reference, Stop, Tokenizer, TwoTower, add_noise, apply_gradients, aux_loss,
-                   categorical, check_finite, compile_blocks, configure, dimo_grad, ema_update, end_processes,
-                   final_table, guided_logits, init_tokens, jeffreys, load_checkpoint, load_resumed, load_rewards,
-                   make_optimizers, one_step, progress, relaxed, remask, render, report_bench, restore,
-                   restore_optimizers, reward_sum, rng_for, same_tokens, same_weights, sample_teacher, save_checkpoint,
-                   save_grid, set_rate, split_batch, start_processes, surrogate, teacher_passes, token_entropy,
-                   word_ids, world_reward)
-from tokenizer import wrong_caption
+from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+                          restore_optimizers, save_checkpoint, settings_of)
+from common.images import open_data, save_grid
+from common.metrics import final_table, render
+from common.rewards import Judged, load_rewards, make_rewards, reward_sum, world_reward
+from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
+                        make_optimizers, micro_rng, out_folder, progress, rate_law,
+                        report_bench, rounded, same_weights, set_rates, smoothed, start_run,
+                        take_step)
+from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
+from model import (aux_loss, dimo_grad, draw_tokens, guided_logits, jeffreys, teacher_sampler, relaxed,
+                   remask, start_embedding, student_sampler, surrogate, teacher_passes, token_entropy)
 
 # -----------------------------------------------------------------------------
 # I/O
-out_dir = 'out'        # model.pt, distill.pt and rewards.pt are found here; reward.pt, log and pictures go here
 init = ''              # generator to start from, '' = out_dir/distill.pt; gan.pt and reward.pt do as well
-teacher_ckpt = ''      # another teacher than out_dir/model.pt
+out_dir = ''           # rewards.pt is found here; reward.pt, log, pictures go here, '' = out/ or out/NAME of the teacher
+teacher = 'ours'       # this and the next four: read from the generator's checkpoint unless given
+teacher_path = ''      # file of a published teacher
+tokenizer_path = ''    # file of its tokenizer
+teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
+teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/reward.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
@@ -63,7 +69,7 @@ reward_steps = 500     # updates of each
 reward_batch = 128     # images per update, half of them decoded from mixed tokens
 reward_lr = 2e-3       # AdamW, 50 steps of warm-up, falls to zero along a cosine
 n_wrong = 6            # wrong captions per image: one fact changed
-# training
+# Di[M]O
 steps = 400            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
@@ -78,6 +84,17 @@ warmup = 25            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
 image_clip = 3.0       # largest gradient norm of one image at the generator's input, 0 = none; paper 0
+r_init = 0.6           # this and all to freeze_tables: as the generator was made, read from its checkpoint
+sigma_init = 0.1       # std of the noise on its token embeddings
+tau = 1.0              # temperature of the one-step sample in training
+tau_sample = 1.0       # the same in pictures and tables
+beta = 0.0             # generalized Jeffreys: 0 forward KL, 1 reverse KL
+cfg_scale = 1.0        # teacher guidance u + s (c - u) in the surrogate, 1 = none
+p_full = 0.0           # share of re-maskings that hide everything; paper 0
+p_near = 0.0           # share that shows 1 to N / 8 tokens; paper 0
+schedule = 'arccos'    # law of the ratio of the others: arccos (MaskGIT) or cosine (Meissonic)
+label_smoothing = 0.0  # in the auxiliary loss; released code .1
+freeze_tables = True   # keep the embedding tables of generator and auxiliary at the teacher's
 ema_decay = 0.98       # averaged generator, which is what gets sampled; paper .9999
 # the teacher in the final table
 teacher_steps = 16     # steps of the confidence sampler
@@ -86,318 +103,278 @@ teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 bench = False          # time 20 steps and stop
+
+# What --teacher=NAME changes: the paper's rewards are for text; for classes only the rates of its other stages
+RECIPES = {
+    'maskgit': dict(steps=10_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
+                    beta2=0.999, warmup=100, cooldown=0.0, image_clip=0.0, ema_decay=0.9999, save_every=500,
+                    teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
+    'maskbit': dict(steps=10_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
+                    beta2=0.999, warmup=100, cooldown=0.0, image_clip=0.0, ema_decay=0.9999, save_every=500,
+                    teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+
+# Settings that the generator's checkpoint hands on
+INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teacher_ckpt', 'r_init', 'sigma_init',
+             'tau', 'tau_sample', 'beta', 'cfg_scale', 'p_full', 'p_near', 'schedule', 'label_smoothing',
+             'freeze_tables')
+
+LIMITS = dict(         # a number is the least value, a pair a range, words a choice
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
+    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
+    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
+    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
+    ema_decay=(0, 1), teacher_steps=1,
+    relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0, image_clip=0, reward_steps=0, reward_batch=2,
+    reward_lr=0, n_wrong=1)
 # -----------------------------------------------------------------------------
-# Training the rewards of the small world (the interface and the networks are in model.py)
+# This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
-def mixed(ids, other, V, rng):
-    """Token probabilities (B, N, V) between two sets of images, ids (B, N): inside a random box, at random positions,
-    each pair with a weight of its own. What a one-step generator gets wrong looks like this."""
-    B, N = ids.shape
-    side = math.isqrt(N)
-    u, at = torch.rand(B, 6, 1, generator=rng), torch.arange(side)
-    def between(size, start):
-        size = 1 + (size * side).long().clamp(max=side - 1)
-        start = (start * (side - size + 1)).long()
-        return (at >= start) & (at < start + size)                           # (B, side)
-    box = (between(u[:, 0], u[:, 1])[:, :, None] & between(u[:, 2], u[:, 3])[:, None]).flatten(1)
-    box = box & (torch.rand(B, N, generator=rng) < 0.2 + 0.8 * u[:, 4])
-    weight = (1.3 * u[:, 5]).clamp(max=1) * box                              # (B, N)
-    one_hot = lambda x: F.one_hot(x, V).float()
-    return torch.lerp(one_hot(ids), one_hot(other), weight[..., None].to(ids.device))
+SMOOTHED = ('aux_loss', 'grad_dimo', 'grad_reward')    # logged as running means
 
 
-RIGHT, BROKEN = 0.15, 0.3  # reconstructions: 90 % below .14; the checker accepts 99 % up to .15, a quarter above .3
+def draw_batch(nets, loaded, run, rng):
+    """Training captions, and what the generator makes of them -> captions, cond, its input emb (B, L, D), which gets
+    a gradient, logits (B, N, V), tokens (B, N): `one_step` with emb at hand."""
+    index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
+    captions = [loaded.prompts[k] for k in index.tolist()]
+    cond = loaded.encode(captions)
+    emb = start_embedding(nets.generator, run.micro, r_init, sigma_init, rng)
+    if not emb.requires_grad:                          # frozen tables
+        emb.requires_grad_()
+    with run.autocast:
+        logits = nets.generator(emb, cond)
+    return captions, cond, emb, logits, draw_tokens(logits, tau, rng)
 
 
-def damage(x, y):
-    """How far images x are from y where they differ most: mean |x - y| over 4 x 4 pixels, the largest, (B,)."""
-    return F.avg_pool2d((x - y).abs().mean(1, keepdim=True), 4, 2).flatten(1).max(1).values
-
-
-def train_reward(kind, source, tokenizer, words, T, part, device):
-    """One two-tower model, contrastive (CLIP) and with log-odds that mean something (SigLIP, arXiv 2303.15343): an
-    image against its own caption, `n_wrong` with one fact changed and the batch's. Half of the images are decoded from
-    tokens mixed with those of another image of the same caption (two modes at once), of a wrong one, or of any; they
-    count as right, as wrong or not at all by the pixel damage that did (at most RIGHT, above BROKEN)."""
-    if len(words) < 2:
-        raise SystemExit(f'reward.py: {source.data} has a single class, so there is nothing to follow')
-    torch.manual_seed(seed + part)
-    net = TwoTower(kind, len(words), T).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=reward_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    n = min(10_000, source.length, 2 ** 27 // source.size ** 2)              # of a folder: spread over its classes
-    images, captions = source.batch(range(n) if source.is_world else torch.linspace(0, source.length - 1, n).long())
+def dimo_gradient(nets, x_t, mask, cond):
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
+    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
     with torch.no_grad():
-        tokens = torch.cat([tokenizer.encode(x.to(device)) for x in images.split(tokenizer.batch)])
-    def wrong(caption, u):
-        others = [w for w in words if w != caption]
-        return wrong_caption(caption, u) if source.is_world else others[int(u * len(others))]
-    ids, where = word_ids(captions, words, T), {}
-    for i, caption in enumerate(captions):
-        where.setdefault(caption, []).append(i)
-    bar = progress(reward_steps, f'reward model {kind}')
-    for step in range(reward_steps):
-        falling = 0.5 + 0.5 * math.cos(math.pi * step / reward_steps)
-        optimizer.param_groups[0]['lr'] = reward_lr * min(1, (step + 1) / 50) * falling
-        rng, half = rng_for(seed, step, ('rewards', part)), reward_batch // 2
-        k = torch.randint(len(images), (reward_batch,), generator=rng)
-        x, cond, u = images[k].to(device), ids[k].to(device), torch.rand(reward_batch, n_wrong + 1, generator=rng)
-        false = [wrong(captions[i], float(v)) for i, row in zip(k.tolist(), u[:, 1:]) for v in row]
-        near = []
-        for i, j, v, c in zip(k.tolist(), k.roll(1).tolist(), u[:, 0], false[::n_wrong]):
-            choice = where[captions[i]] if v < 0.5 else where.get(c, [j])    # the same caption, a wrong one, or any
-            near.append(choice[int(2 * (v % 0.5) * len(choice))])
-        with torch.no_grad():
-            pair = (tokens[j[half:]] for j in (k, torch.tensor(near)))
-            x[half:] = tokenizer.decode(mixed(*pair, tokenizer.V, rng)).clamp(-1, 1)
-            alike = torch.tensor([captions[i] == captions[j] for i, j in zip(k.tolist(), near)])
-            harm = [damage(x, images[j].to(device)) for j in (k, torch.where(alike, torch.tensor(near), k))]
-            harm = torch.minimum(*harm)                                      # (B,), 0 for the renders
-        noise = 0.1 * torch.rand(len(x), 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
-        f, g = net.image_features(x + noise.to(device)), net.text_features(cond)
-        g_false = net.text_features(word_ids(false, words, T).to(device)).view(len(k), n_wrong, -1)
-        same = (cond[:, None] == cond).all(-1)                               # (B, B), the diagonal too
-        s_true, s_false = net.score(f, g), net.score(f[:, None], g_false)    # (B,), (B, n_wrong)
-        s_other = net.score(f[:, None], g).masked_fill(same, -1e9)           # (B, B)
-        right, broken = (harm <= RIGHT).float(), (harm > BROKEN).float()
-        contrast = torch.cat([s_true[:, None], s_false, s_other], 1).logsumexp(1) - s_true
-        loss = ((contrast + F.softplus(-s_true)) * right + 2 * F.softplus(s_true) * broken).mean() \
-            + F.softplus(s_false).mean() + 0.5 * F.softplus(s_other.roll(1, 1).diagonal()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        bar.update()
-    bar.close()
-    return net.requires_grad_(False)
+        teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return dimo_grad(teacher_logits, aux_logits.detach(), mask, beta), aux_logits
 
 
-class Judged(Reference):
-    """The metrics of model.py, with both rewards and two symptoms of reward hacking beside them."""
+@torch.no_grad()
+def divergence(nets, x_t, mask, cond):
+    """D(teacher || aux) at x_t per masked token, which that gradient descends: for the log."""
+    teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
+    aux_logits = nets.aux(x_t, cond)
+    return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
 
-    def __init__(self, source, rewards, held_out, device):
-        super().__init__(source, n_reference)
-        self.rewards, self.held_out, self.device = rewards, held_out, device
 
-    @torch.no_grad()
-    def judge(self, images, captions):
-        """Images (B, 3, H, W), captions -> means: trained reward, held-out reward, share of clipped values, colour
-        saturation (largest minus smallest channel, in [0, 1])."""
-        x = images.clamp(-1, 1)
-        return dict(reward=reward_sum(self.rewards, images, captions).mean(),
-                    held_out=self.held_out(images, captions).mean(), clipped=(images.abs() > 1).float().mean(),
-                    saturation=(x.amax(1) - x.amin(1)).mean() / 2)
+def reward_gradient(logits, captions, tokenizer, rewards, rng, weight=1.0):
+    """d(- sum_i w_i R_i(decode(softmax(z / tau)), prompt)) / dz, per image (Soft-Di[M]O, arXiv 2509.22925, rewards)
+    -> gradient (B, N, V) in float32, down to z only; the images (B, 3, H, W)."""
+    z = logits.detach().float().requires_grad_()
+    images = tokenizer.decode(relaxed(z, relax, tau, rng), captions)
+    loss = -reward_sum(rewards, images, captions).sum() * weight
+    loss.backward()
+    return z.grad, images.detach()
 
-    def measure(self, images, captions):
-        parts = images.split(250)
-        rows = [self.judge(x.to(self.device), captions[250 * k:250 * k + 250]) for k, x in enumerate(parts)]
-        means = {key: float(sum(len(x) * r[key] for x, r in zip(parts, rows)) / len(images)) for key in rows[0]}
-        return dict(super().measure(images, captions), **means)
+
+def limit_images(emb, logits, grad):
+    """An image between two modes has a gradient hundreds of times larger than the median; no image may dominate
+    -> grad (B, N, V) with at most image_clip per image at the generator's input emb, share of the limited images."""
+    loss = surrogate(logits, grad) * len(logits)
+    loss.backward(inputs=[emb], retain_graph=True)
+    size = emb.grad.flatten(1).norm(dim=1)             # (B,)
+    factor = image_clip / size.clamp(min=image_clip)
+    return grad * factor[:, None, None], (size > image_clip).float().mean()
+
+
+def update(nets, optimizers, loaded, rewards, run, step):
+    """One step: reward and Di[M]O gradients at the logits, auxiliary update -> numbers for the log, logits (B, N, V),
+    images, captions."""
+    set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    nets.generator.zero_grad()
+    nets.aux.zero_grad()
+    numbers = {}
+    for k in range(run.accumulate):
+        rng = micro_rng(seed, step, k, run)
+        captions, cond, emb, logits, tokens = draw_batch(nets, loaded, run, rng)
+        # Rewards, whose weights rise over the ramp
+        weight = min(1, (step + 1) / max(1, ramp * steps))
+        reward_grad, images = reward_gradient(logits, captions, loaded.tokenizer, rewards, rng, weight)
+        grad = torch.zeros_like(reward_grad)
+        # Di[M]O: the regulariser, and the auxiliary model's own loss
+        if w_dimo:
+            x_t, mask = remask(tokens, nets.generator.mask_id, schedule, rng, p_full, p_near)
+            with run.autocast:
+                grad, aux_logits = dimo_gradient(nets, x_t, mask, cond)
+            psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
+            psi_loss.backward()
+            grad = w_dimo * grad
+            numbers['aux_loss'] = psi_loss.detach()
+        total = grad + reward_grad
+        if image_clip:
+            total, numbers['clipped_images'] = limit_images(emb, logits, total)
+        surrogate(logits, total).backward()
+    if w_dimo and (step + 1) % log_every == 0:
+        with run.autocast:
+            numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    numbers.update(norm_generator=take_step(nets.generator, optimizers['generator'], run, clip),
+                   norm_aux=torch.zeros(()))
+    if w_dimo:
+        numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    ema_update(nets.generator_ema, nets.generator, ema_decay, step)
+    numbers.update(grad_dimo=grad.norm() / run.micro, grad_reward=reward_grad.norm() / run.micro)    # before image_clip
+    return numbers, logits.detach(), images, captions
 
 
 def has_turned(held, patience):
     """Early stopping: `patience` measurements of the held-out reward since its best; 0 = never."""
-    return bool(held and patience) and len(held) - 1 - held.index(max(held)) >= patience
+    if not held or not patience:
+        return False
+    since_best = len(held) - 1 - held.index(max(held))
+    return since_best >= patience
+
+
+def start_path(settings):
+    return settings['init'] or os.path.join(out_folder(settings['out_dir'], settings['teacher']), 'distill.pt')
+
+
+def handed_on(settings, given):
+    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts from."""
+    return settings_of(start_path(settings), INHERITED)
 
 
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    config = configure(globals())
-    rank, world, device, autocast = start_processes()
-    micro, accumulate = split_batch(batch_size, micro_batch, world)
-    out, world_file = os.path.join(out_dir, 'reward.pt'), os.path.join(out_dir, 'rewards.pt')
-    teacher_path, init_path = teacher_ckpt or f'{out_dir}/model.pt', init or f'{out_dir}/distill.pt'
-    packed = load_checkpoint(teacher_path, 'model', 'Train it with: python model.py', fallback=True)
-    start = load_checkpoint(init_path, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
-    if os.path.abspath(init_path) == os.path.abspath(out):
-        raise SystemExit(f'reward.py: --init={init_path} would be overwritten; choose another --out_dir')
+    config = configure(globals(), RECIPES, handed_on)
+    run = start_run(batch_size, micro_batch)
+    stage, folder = 'reward', out_folder(out_dir, teacher)
+    out = os.path.join(folder, f'{stage}.pt')
+
+    # Load the generator to start from, and its teacher
+    first = start_path(config)
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
+    start = load_checkpoint(first, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if os.path.abspath(first) == os.path.abspath(out):
+        raise ValueError(f'--init={first} would be overwritten; choose another --out_dir')
     if not start['data']:
-        raise SystemExit(f'{init_path}: was made without data; reward.py is for the shapes world and image folders')
-    same_tokens(packed, start, teacher_path, init_path)
-    tokenizer = Tokenizer.from_checkpoint(start['tokenizer']).to(device)
-    words, prompts = start['words'], start['prompts'].long()                  # prompts (M, T), the training captions
-    start['config'].setdefault('tau_sample', 1.0)                             # files made before it existed
-    r_init, sigma_init, tau, tau_sample, beta, cfg_scale, schedule, p_full, p_near, label_smoothing, freeze_tables = (
-        start['config'][key] for key in ('r_init', 'sigma_init', 'tau', 'tau_sample', 'beta', 'cfg_scale', 'schedule',
-                                         'p_full', 'p_near', 'label_smoothing', 'freeze_tables'))
-    config = {**start['config'], **config}                                    # sample.py reads r_init, ... there
-    source = Images(start['data'], tokenizer.config['image_size'], expected=words)
+        raise ValueError(f'{first}: was made without data; reward.py is for the shapes world and image folders')
+    loaded = load_teacher(teacher, path, tokenizer_path, start['data'], teacher_heads, run.device)
+    same_tokens(loaded, start, first)
 
-    # Rewards: the optimised ones and the held-out one
-    if rank == 0 and not os.path.exists(world_file):
-        print(f'{world_file} is missing: training two small reward models, expected 2 minutes on 2 CPU cores')
-        try:
-            nets = {name: train_reward(kind, source, tokenizer, words, prompts.shape[1], part, device)
-                    for part, (name, kind) in enumerate((('clip', 'conv'), ('held_out', 'patch')))}
-        except KeyboardInterrupt:
-            raise SystemExit('reward.py: stopped; the same command trains the reward models anew') from None
-        save_checkpoint(world_file, dict(stage='rewards', step=reward_steps, config=config, words=words,
-                                         data=start['data'], args={name: net.config for name, net in nets.items()},
-                                         **{name: net.state_dict() for name, net in nets.items()}))
-    if world > 1:
-        dist.barrier()
-    made = load_checkpoint(world_file, 'rewards', fallback=True)
-    if (made.get('data'), made['step'], made['words']) != (start['data'], reward_steps, words):
-        raise SystemExit(f'{world_file}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} '
-                         f'words), expected {reward_steps} for {start["data"]} ({len(words)}); delete it, or choose '
-                         'another --out_dir')
-    rewards = load_rewards(config, world_file, device)
+    # Load the rewards: the optimised ones and the held-out one
+    world_file = os.path.join(folder, 'rewards.pt')
+    source = open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
+    make_rewards(world_file, loaded, source, config, run)
+    rewards = load_rewards(config, world_file, run.device)
     if not rewards:
-        raise SystemExit('reward.py: every reward has weight 0; give one, as in --w_clip=10')
-    reference = Judged(source, rewards, world_reward(world_file, 'held_out', device), device)
+        raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
+    held_out = world_reward(world_file, 'held_out', run.device)
 
-    # Networks: teacher (phi), generator (theta), its average and its start, auxiliary (psi)
-    teacher = MDM(**packed['args']).to(device)
-    generator, generator_ema, aux, start_net = (MDM(**start['args']).to(device) for _ in range(4))
-    for network, weights, path in ((teacher, packed['ema'], teacher_path), (aux, start['aux'], init_path),
-                                   *((n, start['ema'], init_path) for n in (generator, generator_ema, start_net))):
-        restore(network, weights, path, 'weights')
-    for network in (teacher, generator_ema, start_net):
-        network.eval().requires_grad_(False)
-    for network in (generator, aux):
-        for table in network.embedding_parameters() if freeze_tables else []:
-            table.requires_grad_(False)
-    trained = [[p for p in network.parameters() if p.requires_grad] for network in (generator, aux)]
-    optimizers = [make_optimizers(generator, generator_muon, generator_lr, (beta1, beta2)),
-                  make_optimizers(aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum)]
-    step, stop, smooth, history, best = 0, Stop(), {}, [], {}
+    # Build the networks
+    nets = SimpleNamespace(teacher=loaded.net)
+    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
+    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables)
+
+    # Build the optimizers
+    optimizers = dict(
+        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2)),
+        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum))
+    step, smooth, history, best = 0, {}, [], {}
     if resume:
-        state = load_resumed(out, 'reward', config)
-        same_tokens(packed, state, teacher_path, out)
-        for name, network in (('net', generator), ('average', generator_ema), ('aux', aux)):
-            restore(network, state[name], out, name)
-        restore_optimizers(optimizers[0] + optimizers[1], state['optimizers'], out)
-        step, smooth = state['step'], {k: v.to(device) for k, v in state['smooth'].items()}
+        state = load_resumed(out, stage, config)
+        same_tokens(loaded, state, out)
+        restore(nets.generator, state['net'], out, 'net')
+        restore(nets.generator_ema, state['average'], out, 'average')
+        restore(nets.aux, state['aux'], out, 'aux')
+        restore_optimizers(optimizers, state['optimizers'], out)
+        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
         history, best = state['history'], state['ema']
-    same_weights(generator, generator_ema, aux)
+    same_weights(nets.generator, nets.generator_ema, nets.aux)
     if compile:
-        compile_blocks(teacher, generator, aux, twice=bool(image_clip))
+        compile_blocks(nets.teacher, nets.generator, nets.aux, twice=bool(image_clip))
 
-    # The printed plan
-    teacher_steps = min(teacher_steps, teacher.N)
-    log = Log(out, step) if rank == 0 and not bench else None
-    shown, _ = reference.prompts(32)
-    if rank == 0:
-        print(f'3 x {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
-              f'{batch_size} = {world} x {accumulate} x {micro}, rewards '
-              + ' + '.join(f'{w:g} {name}' for name, (w, _) in rewards.items())
-              + f' ({relax}), Di[M]O {w_dimo:g}, from {init_path}')
-
-    def update():
-        """One step: reward and Di[M]O gradients at the logits, auxiliary update -> the numbers for the log."""
-        falling = max(0.05, (1 - step / steps) / cooldown) if cooldown else 1
-        set_rate(optimizers[0] + optimizers[1], min(1, (step + 1) / max(1, warmup), falling))
-        generator.zero_grad()
-        aux.zero_grad()
-        numbers = {}
-        for k in range(accumulate):
-            rng = rng_for(seed, step, rank * accumulate + k, device)
-            cond = prompts[torch.randint(len(prompts), (micro,), generator=rng, device=device).cpu()]
-            captions = [' '.join(words[i] for i in row if i < len(words)) for row in cond.tolist()]
-            cond = cond.to(device)
-            x_init = init_tokens(micro, generator.N, generator.V, r_init, rng, device)
-            emb = add_noise(generator.embed(x_init), sigma_init, rng)
-            emb = emb if emb.requires_grad else emb.requires_grad_()         # frozen tables
-            with autocast:
-                logits = generator(emb, cond)                                # `one_step`, with emb at hand
-            tokens = categorical((logits.detach().float() / tau).softmax(-1), rng)
-            # Rewards: - sum_i w_i R_i(decode(softmax(z / tau))), differentiated down to z only
-            z = logits.detach().float().requires_grad_()
-            images = tokenizer.decode(relaxed(z, relax, tau, rng))           # (B, 3, H, W), float32
-            total = -reward_sum(rewards, images, captions).sum() * min(1, (step + 1) / max(1, ramp * steps))
-            total.backward()
-            reward_grad = z.grad                                             # per image, as `grad`
-            grad = torch.zeros_like(reward_grad)
-            if w_dimo:  # Di[M]O at x_t, as in distill.py, and the auxiliary model with its own loss
-                x_t, mask = remask(tokens, generator.mask_id, schedule, rng, p_full, p_near)
-                with torch.no_grad(), autocast:
-                    teacher_logits = guided_logits(teacher, x_t, cond, cfg_scale)
-                with autocast:
-                    aux_logits = aux(x_t, cond)
-                grad = w_dimo * dimo_grad(teacher_logits, aux_logits.detach(), mask, beta)
-                psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
-                psi_loss.backward()
-                numbers['aux_loss'] = psi_loss.detach()
-            # An image between two modes has a gradient hundreds of times larger than the median; no image may dominate
-            total_grad = grad + reward_grad
-            if image_clip:
-                (surrogate(logits, total_grad) * micro).backward(inputs=[emb], retain_graph=True)
-                size = emb.grad.flatten(1).norm(dim=1)                       # (B,)
-                total_grad = total_grad * (image_clip / size.clamp(min=image_clip))[:, None, None]
-                numbers['clipped_images'] = (size > image_clip).float().mean()
-            surrogate(logits, total_grad).backward()
-        numbers.update(norm_generator=finish(0), norm_aux=finish(1) if w_dimo else torch.zeros(()))
-        ema_update(generator_ema, generator, ema_decay, step)
-        numbers.update(grad_dimo=grad.norm() / micro, grad_reward=reward_grad.norm() / micro)  # before image_clip
-        if w_dimo and (step + 1) % log_every == 0:
-            numbers['divergence'] = jeffreys(teacher_logits, aux_logits.detach(), mask, beta).sum() / mask.sum()
-        return numbers, (logits.detach(), images.detach(), captions)
-
-    finish = lambda k: apply_gradients(trained[k], optimizers[k], accumulate * world, clip)  # -> gradient norm
-
+    # Print the plan
+    if run.rank == 0:
+        print(f'3 x {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
+              f'{batch_size} = {run.world} x {run.accumulate} x {run.micro}')
+        weights = ' + '.join(f'{weight:g} {name}' for name, (weight, _) in rewards.items())
+        print(f'rewards {weights} ({relax}), Di[M]O {w_dimo:g}, from {first}')
     if bench:
-        report_bench(update, batch_size, device, autocast)
+        def bench_step():
+            update(nets, optimizers, loaded, rewards, run, step)
+        report_bench(bench_step, batch_size, run)
         raise SystemExit
-    from_net = lambda network: lambda cond, rng: one_step(network, cond, r_init, sigma_init, tau_sample, rng)[1]
-    conditions = lambda captions: word_ids(captions, words, prompts.shape[1])
-    start_grid = render(from_net(start_net), tokenizer, conditions(shown[:16]), seed)[0] if rank == 0 else None
-    bar, turned = progress(steps, 'reward', step), False
+    log = Log(out, step) if run.rank == 0 else None
+
+    # Show the start
+    reference = Judged(source, n_reference, rewards, held_out, run.device)
+    shown = reference.prompts(32)[0][:16]
+    most = min(teacher_steps, nets.teacher.N)
+    one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
+    start_net = copy_of(loaded.net, start['ema'], first)
+    at_start = student_sampler(start_net, r_init, sigma_init, tau_sample)
+    if run.rank == 0:
+        start_grid, _ = render(at_start, loaded, shown, seed)
+
+    bar, stop = progress(steps, stage, step), Stop()
     while True:
-        # Measure, keep the best by held-out reward, save, show, stop
-        ending = step >= steps or stop.now(step, device)
-        if rank == 0 and (step % save_every == 0 or ending):
-            if (step % save_every == 0 or step >= steps) and step not in [h['step'] for h in history]:
+        ending = step >= steps or stop.now(step, run.device)
+        if run.rank == 0 and (step % save_every == 0 or ending):
+            # Measure, keep the best by held-out reward
+            measured = [row['step'] for row in history]
+            if step not in measured and (step % save_every == 0 or step >= steps):
                 captions, _ = reference.prompts(min(500, n_eval))
-                drawn, _ = render(from_net(generator_ema), tokenizer, conditions(captions), seed)
-                row = reference.measure(drawn, captions)
+                row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
                 row = dict(step=step, **{k: row[k] for k in ('reward', 'held_out', 'accuracy', 'toy_fd')})
-                if not history or row['held_out'] > max(h['held_out'] for h in history) or not patience:
-                    best = {k: v.clone() for k, v in generator_ema.state_dict().items()}
+                if not history or not patience or row['held_out'] > max(h['held_out'] for h in history):
+                    best = {k: v.clone() for k, v in nets.generator_ema.state_dict().items()}
                 history.append(row)
                 bar.write('step {step}: reward {reward:.3f}, held-out {held_out:.3f}, prompt followed {accuracy:.3f}, '
                           'toy FD {toy_fd:.2f}'.format(**row))
+            # Save
             if step:
                 save_checkpoint(out, dict(
-                    stage='reward', step=step, config=config, args=generator.config, words=words, data=start['data'],
-                    prompts=start['prompts'], tokenizer=start['tokenizer'], net=generator.state_dict(),
-                    ema=best,  # the average at its best measurement; the running one is `average`
-                    average=generator_ema.state_dict(), aux=aux.state_dict(), smooth=smooth, history=history,
-                    optimizers=[o.state_dict() for o in optimizers[0] + optimizers[1]]))
-            grid, _ = render(from_net(generator_ema), tokenizer, conditions(shown[:16]), seed)
-            save_grid(f'{out_dir}/reward-{step:06d}.png', torch.cat([start_grid, grid]), shown[:16] * 2)
-            turned = has_turned([h['held_out'] for h in history], patience)
-        if world > 1 and step % save_every == 0:
-            flag = torch.tensor(float(turned), device=device)
+                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth, history=history,
+                    net=nets.generator.state_dict(), ema=best,     # the average at its best measurement
+                    average=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
+                    optimizers=optimizer_states(optimizers)))
+            # Show
+            grid, _ = render(one_pass, loaded, shown, seed)
+            picture = f'{folder}/{stage}-{step:06d}.png'
+            save_grid(picture, torch.cat([start_grid, grid]), shown * 2)
+        # Stop where the held-out reward has turned
+        turned = has_turned([row['held_out'] for row in history], patience)
+        if run.world > 1 and step % save_every == 0:
+            flag = torch.tensor(float(turned), device=run.device)
             dist.broadcast(flag, 0)
             turned = bool(flag)
         if ending or turned:
             break
         # -------------------------------------------------------------------------
-        numbers, (logits, images, captions) = update()
-        for key in ('aux_loss', 'grad_dimo', 'grad_reward'):
-            if key in numbers:
-                smooth[key] = torch.lerp(smooth[key], numbers[key], 0.05) if key in smooth else numbers[key]
+        numbers, logits, images, captions = update(nets, optimizers, loaded, rewards, run, step)
+        smoothed(smooth, numbers, SMOOTHED)
         step += 1
         bar.update()
-        if rank == 0 and (step % log_every == 0 or step % save_every == 0 or step == steps):
-            check_finite(step, generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'])
-        if step % log_every == 0 and rank == 0:
+        # Log
+        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        if run.rank == 0 and (logging or saving):
+            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux']))
+        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
             entropy, top = token_entropy(logits)
-            row = {**numbers, **smooth, **reference.judge(images, captions), 'entropy': entropy, 'max_prob': top,
-                   'toy_fd': history[-1]['toy_fd']}
-            row = dict(step=step, **{k: round(float(v), 5) for k, v in row.items()})
+            row = rounded({**numbers, **smooth, **reference.judge(images, captions), 'entropy': entropy,
+                           'max_prob': top, 'toy_fd': history[-1]['toy_fd']})
             bar.set_postfix({k: row[k] for k in ('reward', 'held_out', 'entropy')}, refresh=False)
-            log.write(row)
+            log.write(dict(step=step, **row))
     bar.close()
 
-    # The table
-    if rank == 0 and (step >= steps or turned):
-        restore(generator_ema, best, out, 'ema')
-        kept = max(history, key=lambda h: h['held_out'] if patience else h['step'])['step']
-        print(f'kept: step {kept}' + f', where the held-out reward was highest; stopped at {step}' * bool(patience))
-        many = lambda cond, rng: sample_teacher(teacher, cond, teacher_steps, teacher_cfg, teacher_gumbel, rng=rng)
-        passes = teacher_passes(teacher, teacher_steps, teacher_cfg)
-        final_table(out[:-3], {
-            f'teacher, {teacher_steps} steps': (passes, many), f'start, {start["stage"]}': (1, from_net(start_net)),
-            'rewarded, 1 step': (1, from_net(generator_ema))}, tokenizer, reference, conditions, n_eval, seed, config)
-    end_processes()
+    # Print the table
+    if run.rank == 0 and (step >= steps or turned):
+        restore(nets.generator_ema, best, out, 'ema')
+        if patience:
+            kept = max(history, key=lambda row: row['held_out'])['step']
+            print(f'kept: step {kept}, where the held-out reward was highest; stopped at {step}')
+        samplers = {}
+        passes = teacher_passes(nets.teacher, most, teacher_cfg)
+        samplers[f'teacher, {most} steps'] = passes, teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
+        samplers[f'start, {start["stage"]}'] = 1, at_start
+        samplers['rewarded, 1 step'] = 1, one_pass
+        final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
+    end_run()

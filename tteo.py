@@ -5,16 +5,16 @@ embedding* uphill on the reward; no weight changes. The template is ReNO (arXiv 
     x_init -> e = embed(x_init) + noise -> z = G(e, c) -> image = decode(softmax(z / tau)) -> R(image, prompt)
               e <- e + lr dR/de, and the best image seen so far is kept, the one before the first step included
 
-Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to the start).
-Added: a limit on each image's gradient, and starting from the best of several (--starts). The control is best-of-N:
-fresh x_init, the best by the same score, at equal passes (a backward counts as two). The score is the reward of the
-image that is handed out, so what is kept is what was scored. The held-out reward and the checker are reported, never
-looked at.
+Left out: momentum, and ReNO's prior on the noise norm (an embedding has none; --pull is an L2 pull to
+the start). Added: a limit on each image's gradient, and starting from the best of several (--starts).
+The control is best-of-N: fresh x_init, the best by the same score, at equal passes (a backward counts
+as two). The score is the reward of the image that is handed out, so what is kept is what was scored.
+The held-out reward and the checker are reported, never looked at.
 
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
 $ python tteo.py --ckpt out/distill.pt --best_of 64                         # the control with another N
-Expected (2 CPU cores, shapes world): a minute; numbers in "Rewards" of README.md.
+Expected (2 CPU cores, shapes world): a minute; numbers in assets/RESULTS.md.
 """
 import json
 import os
@@ -22,12 +22,13 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
-from model import (MDM, Images, Tokenizer, add_noise, check, configure, image_rngs, init_tokens, load_checkpoint,
-                   load_rewards, parse_caption, progress, relaxed, restore, reward_sum, rng_for, save_grid,
-                   start_processes, word_ids, world_reward, writing)
-from tokenizer import HELD_OUT, TASKS
+from common.files import load_checkpoint, settings_of
+from common.images import open_data, save_curve, save_grid
+from common.rewards import load_rewards, reward_sum, world_reward
+from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, writing)
+from common.teachers import unpack
+from model import relaxed, start_embedding
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -37,6 +38,11 @@ n = 0                  # images, 0 = 16 of one prompt or 300 of all tasks
 seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
 name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo beside the checkpoint
+teacher = 'ours'       # of the generator, read from its checkpoint
+tokenizer_path = ''    # where a published tokenizer is now, if it moved
+r_init = 0.6           # this and the next two: as the generator was made, read from its checkpoint unless given
+sigma_init = 0.1       # std of the noise on its token embeddings
+tau = 1.0              # temperature of the relaxation
 # optimisation
 starts = 1             # fresh x_init, of which the best is optimised; paper 1, 4 is better here
 iterations = 10        # gradient steps; ReNO 50
@@ -57,12 +63,38 @@ hps_path = 'HPS_v2.1_compressed.pt'
 pick_path = 'yuvalkirstain/PickScore_v1'
 imagereward_path = 'ImageReward.pt'
 bert_path = 'bert-base-uncased'
+
+# What the generator's teacher changes
+RECIPES = {'maskgit': dict(clip=0.0), 'maskbit': dict(clip=0.0)}
+
+# Settings that the generator's checkpoint hands on
+INHERITED = ('teacher', 'r_init', 'sigma_init', 'tau')
+
+LIMITS = dict(         # a number is the least value, a pair a range, words a choice
+    n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'), output=('soft', 'tokens'),
+    r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, teacher=('ours', 'maskgit', 'maskbit'))
 # -----------------------------------------------------------------------------
+# This stage's equations
 
 def passes_of(iterations, output, starts=1):
     """Network-plus-decoder passes of a run: one per fresh start, a forward for every iterate, a backward (two) for
     every step; where tokens are handed out, their decoding counts as one more for every step."""
-    return (starts if starts > 1 else 0) + (3 + (output == 'tokens')) * iterations + 1
+    fresh = starts if starts > 1 else 0
+    per_step = 4 if output == 'tokens' else 3
+    return fresh + per_step * iterations + 1
+
+
+def drawing(loaded, cond, captions, rngs):
+    """-> draw(emb (B, L, D)) -> images to differentiate, images handed out."""
+    def draw(emb):
+        logits = loaded.net(emb, cond)
+        if output == 'soft' or emb.requires_grad:
+            soft = loaded.tokenizer.decode(relaxed(logits, relax, tau, rngs), captions)
+        if output == 'soft':
+            return soft, soft
+        hard = loaded.tokenizer.decode(logits.argmax(-1), captions)    # from ids: no graph
+        return soft if emb.requires_grad else hard, hard
+    return draw
 
 
 def keep_better(best, score, x):
@@ -70,178 +102,201 @@ def keep_better(best, score, x):
     if best is None:
         return score, x
     better = score > best[0]
-    return torch.where(better, score, best[0]), torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, best[1])
+    rows = better.view(-1, *[1] * (x.dim() - 1))
+    return torch.where(better, score, best[0]), torch.where(rows, x, best[1])
 
 
-def ascend(emb, draw, score, iterations, lr, clip, pull):
-    """SGD on the input embedding (B, L, D), each image by itself. draw(emb) -> (images to differentiate, images handed
-    out); score(images) -> (B,). Yields per iterate (score, kept score, kept images, distance from the start)."""
+def step_up(emb, start, value):
+    """e + lr dR/de, each image by itself, its gradient at most `clip` long (Soft-Di[M]O, arXiv 2509.22925, TTEO)."""
+    pulled = value.sum() - pull / 2 * (emb - start).square().sum()
+    grad, = torch.autograd.grad(pulled, emb)
+    if clip:
+        norm = grad.flatten(1).norm(dim=1)[:, None, None]
+        return emb + lr * grad * (clip / norm.clamp(min=clip))
+    return emb + lr * grad
+
+
+def ascend(emb, draw, score):
+    """SGD on the input embedding (B, L, D). draw(emb) -> (images to differentiate, images handed out); score(images) ->
+    (B,). Yields per iterate: score, kept score, kept images, distance from the start."""
     start, best = emb, None
     for k in range(iterations + 1):
-        emb = emb.detach().requires_grad_(k < iterations)
-        with torch.set_grad_enabled(k < iterations):
+        climbing = k < iterations
+        emb = emb.detach().requires_grad_(climbing)
+        with torch.set_grad_enabled(climbing):
             images, handed_out = draw(emb)
-            value = score(images)                                            # (B,)
+            value = score(images)                      # (B,)
         with torch.no_grad():
             shown = value.detach() if handed_out is images else score(handed_out)
             best = keep_better(best, shown, handed_out.detach())
         yield shown, *best, (emb.detach() - start).flatten(1).norm(dim=1)
-        if k < iterations:
-            grad, = torch.autograd.grad(value.sum() - pull / 2 * (emb - start).square().sum(), emb)
-            norm = grad.flatten(1).norm(dim=1)[:, None, None]
-            emb = emb + lr * grad * (clip / norm.clamp(min=clip) if clip else 1)
+        if climbing:
+            emb = step_up(emb, start, value)
 
 
-def save_curve(path, curves, label):
-    """{name: [(x, y)]} -> a PNG with one line each."""
-    W, H, colors = 560, 360, ('crimson', 'royalblue', 'seagreen', 'black')
-    points = [p for line in curves.values() for p in line]
-    (x0, x1), (y0, y1) = ((min(v), max(max(v), min(v) + 1e-6)) for v in zip(*points))
-    at = lambda x, y: (60 + (x - x0) / (x1 - x0) * (W - 80), H - 50 - (y - y0) / (y1 - y0) * (H - 80))
-    sheet = Image.new('RGB', (W, H), 'white')
-    pen = ImageDraw.Draw(sheet)
-    pen.rectangle((60, 30, W - 20, H - 50), outline='gray')
-    for k in range(5):
-        x, y = x0 + k / 4 * (x1 - x0), y0 + k / 4 * (y1 - y0)
-        pen.text((at(x, y0)[0] - 8, H - 44), f'{x:.0f}', fill='black')
-        pen.text((16, at(x0, y)[1] - 6), f'{y:.3f}', fill='black')
-    pen.text((W // 2 - 120, H - 24), 'network-plus-decoder passes per image', fill='black')
-    pen.text((62, 12), label, fill='black')
-    for k, (line, color) in enumerate(zip(curves, colors)):
-        pen.line([at(*p) for p in curves[line]], fill=color, width=2)
-        pen.text((W - 200, H - 110 + 14 * k), line, fill=color)
-    with writing(path):
-        sheet.save(path)
+# -----------------------------------------------------------------------------
+# The two ways to spend passes. part: which images (a slice); everything of an image follows from (seed, k)
+
+def fresh_start(loaded, captions, part, j):
+    """Start j of these images -> embedding (B, L, D), its `draw`; 0 is what sample.py draws from."""
+    index = range(part.start, part.start + len(captions[part]))
+    if j:
+        rngs = [rng_for(seed, k, ('draw', j), loaded.device) for k in index]
+    else:
+        rngs = image_rngs(seed, index, loaded.device)
+    cond = loaded.encode(captions[part])
+    emb = start_embedding(loaded.net, len(index), r_init, sigma_init, rngs)
+    return emb, drawing(loaded, cond, captions[part], rngs)
+
+
+def optimised(loaded, captions, rewards, part):
+    """TTEO from the best of `starts` draws: what `ascend` yields."""
+    def score(images):
+        return reward_sum(rewards, images, captions[part])
+    best = None
+    for j in range(starts):
+        emb, draw = fresh_start(loaded, captions, part, j)
+        if starts > 1:
+            best = keep_better(best, score(draw(emb)[1]), emb)
+    if best:
+        emb = best[1]
+    return ascend(emb, draw, score)
+
+
+def control_draws():
+    """N of the control: as many draws as cost what TTEO costs, unless given."""
+    return best_of or passes_of(iterations, output, starts)
+
+
+def fresh_draws(loaded, captions, rewards, part):
+    """Best of N: the first draws are the starts of TTEO. Yields as `ascend`."""
+    best = None
+    for j in range(control_draws()):
+        emb, draw = fresh_start(loaded, captions, part, j)
+        images = draw(emb)[1]
+        score = reward_sum(rewards, images, captions[part])
+        best = keep_better(best, score, images)
+        yield score, *best, torch.zeros_like(score)
+
+
+COLUMNS = ('kept', 'held_out', 'followed', 'current', 'moved')
+
+
+def collect(label, method, n_iterates, loaded, captions, rewards, report):
+    """Run a method batch by batch -> {column: (iterates, n)}; the images of the first and of the last iterate;
+    milliseconds per image without the reporting."""
+    rows, first, last = [[] for _ in range(n_iterates)], [], []
+    spent, bar = 0.0, progress(len(captions) * n_iterates, label)
+    for begin in range(0, len(captions), batch):
+        part = slice(begin, begin + batch)
+        clock = time.time()
+        for k, (shown, best, images, moved) in enumerate(method(loaded, captions, rewards, part)):
+            synchronise(loaded.device)
+            spent += time.time() - clock
+            if k == 0:
+                first.append(images.cpu())
+            held, right = report(images, captions[part])
+            rows[k].append(torch.stack([best, held, right, shown, moved]).double().cpu())
+            bar.update(len(images))
+            clock = time.time()
+        last.append(images.cpu())
+    bar.close()
+    table = torch.stack([torch.cat(row, 1) for row in rows], 1)        # (5, iterates, n)
+    columns = dict(zip(COLUMNS, table))
+    return columns, torch.cat(first), torch.cat(last), spent * 1000 / len(captions)
+
+
+def history(columns, passes):
+    """A row per iterate: its passes and the mean of each column that is known."""
+    rows = []
+    for k, cost in enumerate(passes):
+        row = dict(passes=cost)
+        for key, values in columns.items():
+            if not values[k].isnan().any():
+                row[key] = float(values[k].mean())
+        rows.append(row)
+    return rows
+
+
+def show_entries(entries, tasks, task_names):
+    """Print a row per (label, passes, ms, columns, iterate) -> rows for the JSON file."""
+    print(f'\n{"":22s}passes  ms/image  reward  held-out  followed' + ''.join(f'{t:>15s}' for t in task_names))
+    table = []
+    for label, cost, milliseconds, columns, k in entries:
+        reward, held, right = (columns[key][k] for key in ('kept', 'held_out', 'followed'))
+        shares = {t: float(right[torch.from_numpy(tasks == t)].mean()) for t in task_names}
+        accuracy = None if right.isnan().any() else float(right.mean())
+        table.append(dict(name=label, passes=cost, ms=round(milliseconds, 2), reward=float(reward.mean()),
+                          held_out=float(held.mean()), tasks=shares, accuracy=accuracy))
+        print(f'{label:22s}{cost:6d}{milliseconds:10.2f}{reward.mean():8.3f}{held.mean():10.3f}{right.mean():10.3f}'
+              + ''.join(f'{share:15.3f}' for share in shares.values()))
+    return table
+
+
+def handed_on(settings, given):
+    """What the generator's checkpoint says that it was made with."""
+    return settings_of(settings['ckpt'], INHERITED)
 
 
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    config = configure(globals())
-    _, world, device, _ = start_processes(half=())
-    if world > 1:
-        raise SystemExit('tteo.py: runs as one process; start it with python, not torchrun')
+    config = configure(globals(), RECIPES, handed_on)
+    run = start_run(half=())
+    if run.world > 1:
+        raise ValueError('runs as one process; start it with python, not torchrun')
+
+    # Load the generator and the rewards
     state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
-    generator = MDM(**state['args']).to(device).eval().requires_grad_(False)
-    restore(generator, state['ema'], ckpt, 'ema')
-    tokenizer = Tokenizer.from_checkpoint(state['tokenizer']).to(device)
-    words, made = state['words'], state['config']
     if not state['data']:
-        raise SystemExit(f'{ckpt}: was made without data, so there are no small reward models to choose images by')
-    source = Images(state['data'], tokenizer.config['image_size'], expected=words)
+        raise ValueError(f'{ckpt}: was made without data, so there are no small reward models to choose images by')
+    loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt)
+    source = open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
     folder = os.path.dirname(ckpt)
-    world_file, name = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
+    world_file, stem = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
     made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
-    if made_for != words:
-        raise SystemExit(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
-    rewards = load_rewards(config, world_file, device)
+    if made_for != loaded.words:
+        raise ValueError(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
+    rewards = load_rewards(config, world_file, run.device)
     if not rewards:
-        raise SystemExit('tteo.py: every reward has weight 0; give one, as in --w_clip=1')
-    held_out = world_reward(world_file, 'held_out', device)
-    n = n or (16 if prompt else 300)
-    captions = [prompt] * n if prompt else source.batch(HELD_OUT + 10 ** 6 + np.arange(n) if source.is_world
-                                                        else np.linspace(0, source.length - 1, n).astype(int))[1]
-    try:
-        conditions = word_ids(captions, words, state['args']['T']).to(device)
-        tasks = np.array([parse_caption(c)[0] for c in captions] if source.is_world else [''] * n)
-    except ValueError as error:
-        raise SystemExit(f'tteo.py: {error}') from None
+        raise ValueError('every reward has weight 0; give one, as in --w_clip=1')
+    held_out = world_reward(world_file, 'held_out', run.device)
 
-    def start_embedding(cond, rngs):
-        """What sample.py feeds the generator: embedded x_init plus noise, (B, L, D)."""
-        x_init = init_tokens(len(cond), generator.N, generator.V, made['r_init'], rngs, device)
-        return add_noise(generator.embed(x_init), made['sigma_init'], rngs)
+    # Choose the captions
+    n_images = n or (16 if prompt else 300)
+    captions = [prompt] * n_images
+    if not prompt:
+        captions = source.batch(source.test_examples(n_images))[1]
+    loaded.encode(captions[:1])                        # an unknown word is said before slow work
+    tasks = np.array(source.tasks(captions))
+    task_names = [t for t in source.task_names if (tasks == t).any()]
 
-    def drawing(cond, rngs):
-        """emb -> (images to differentiate, images handed out)."""
-        def draw(emb):
-            logits = generator(emb, cond)
-            soft = lambda: tokenizer.decode(relaxed(logits, relax, made['tau'], rngs))
-            if output == 'soft':
-                return (soft(),) * 2
-            hard = tokenizer.decode(logits.argmax(-1))                       # from ids: no graph
-            return soft() if emb.requires_grad else hard, hard
-        return draw
-
-    def report(images, part):
+    def report(images, captions):
         """The judges that choose nothing: held-out reward and checker, (B,) each."""
-        right = check(images, captions[part]) if source.is_world else np.full(len(images), np.nan)
-        return held_out(images, captions[part]), torch.from_numpy(right).to(device)
+        right = np.full(len(images), np.nan)
+        if source.judges:
+            right = source.follows(images, captions)
+        return held_out(images, captions), torch.from_numpy(right).to(run.device)
 
-    def run(label, iterates, passes):
-        """Collect a batch-wise generator of iterates -> (iterates, 5, n): kept score, held-out, followed, current
-        score, distance; first and last images; milliseconds per image without the reporting."""
-        rows, first, last, spent, bar = [[] for _ in passes], [], [], 0.0, progress(n * len(passes), label)
-        for part in (slice(k, k + batch) for k in range(0, n, batch)):
-            clock = time.time()
-            for k, (shown, best, images, moved) in enumerate(iterates(part)):
-                if device.type == 'cuda':
-                    torch.cuda.synchronize()
-                spent += time.time() - clock
-                if k == 0:
-                    first.append(images.cpu())
-                rows[k].append(torch.stack([best, *report(images, part), shown, moved]).double().cpu())
-                bar.update(len(images))
-                clock = time.time()
-            last.append(images.cpu())
-        bar.close()
-        rows = torch.stack([torch.cat(r, 1) for r in rows])                  # (iterates, 5, n)
-        return rows, torch.cat(first), torch.cat(last), spent * 1000 / n
-
-    def fresh_start(j, part):
-        """Start j of these images -> (embedding, its `drawing`); 0 is sample.py's."""
-        index = range(part.start, min(part.stop, n))
-        rngs = [rng_for(seed, k, ('draw', j), device) for k in index] if j else image_rngs(seed, index, device)
-        return start_embedding(conditions[part], rngs), drawing(conditions[part], rngs)
-
-    def optimised(part):
-        """TTEO from the best of `starts` draws."""
-        score, best = lambda images: reward_sum(rewards, images, captions[part]), None
-        for j in range(starts):
-            emb, draw = fresh_start(j, part)
-            if starts > 1:
-                best = keep_better(best, score(draw(emb)[1]), emb)
-        return ascend(best[1] if best else emb, draw, score, iterations, lr, clip, pull)
-
-    def fresh_draws(part):
-        """Best of N: the first draws are the starts of TTEO."""
-        best = None
-        for j in range(best_of):
-            emb, draw = fresh_start(j, part)
-            images = draw(emb)[1]
-            score = reward_sum(rewards, images, captions[part])
-            best = keep_better(best, score, images)
-            yield score, *best, torch.zeros_like(score)
-
+    # Run both
     passes = [passes_of(k, output, starts) for k in range(iterations + 1)]
-    best_of = best_of or passes[-1]
-    ascent, _, after, ms = run('TTEO', optimised, passes)
-    control, before, chosen, ms_control = run('best of N', fresh_draws, range(best_of))
-    entries = [('generator', 1, ms_control / best_of, control[0]),
-               (f'TTEO, {starts} x {iterations} steps', passes[-1], ms, ascent[-1]),
-               (f'best of {best_of}', best_of, ms_control, control[-1])]
-    shown_tasks = [t for t in TASKS if (tasks == t).any()]
-    print(f'\n{"":22s}passes  ms/image  reward  held-out  followed' + ''.join(f'{t:>15s}' for t in shown_tasks))
-    table = []
-    for label, cost, time_each, (best, held, right, _, _) in entries:
-        shares = {t: float(right[torch.from_numpy(tasks == t)].mean()) for t in shown_tasks}
-        table.append(dict(name=label, passes=cost, ms=round(time_each, 2), reward=float(best.mean()),
-                          held_out=float(held.mean()), tasks=shares,
-                          accuracy=float(right.mean()) if source.is_world else None))
-        print(f'{label:22s}{cost:6d}{time_each:10.2f}{best.mean():8.3f}{held.mean():10.3f}{right.mean():10.3f}'
-              + ''.join(f'{s:15.3f}' for s in shares.values()))
-    print(f'{n} images, seeds ({seed}, 0..{n - 1}), {output} output; they are chosen by the reward, so its value is '
-          'no evidence: read the held-out reward and the checker')
-    keys = ('kept', 'held_out', 'followed', 'current', 'moved')
-    history = lambda rows, cost: [dict(passes=c, **{key: float(v.mean()) for key, v in zip(keys, r)
-                                                    if not v.isnan().any()}) for c, r in zip(cost, rows)]
-    curves = dict(trajectory=history(ascent, passes), best_of=history(control, range(1, best_of + 1)))
-    column, label = ('followed', 'captions followed') if source.is_world else ('held_out', 'held-out reward')
-    save_curve(f'{name}-curve.png', {k: [(r['passes'], r[column]) for r in rows]
-                                     for k, rows in zip(('TTEO', 'best of N'), curves.values())}, label)
-    with writing(f'{name}.json'), open(f'{name}.json', 'w') as file:
-        json.dump(dict(config=config, table=table, **curves), file, indent=1)
-    pick = torch.linspace(0, n - 1, min(n, 16)).long()
-    save_grid(f'{name}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
+    draws = control_draws()
+    ascent, _, after, ms = collect('TTEO', optimised, len(passes), loaded, captions, rewards, report)
+    control, before, chosen, ms_control = collect('best of N', fresh_draws, draws, loaded, captions, rewards, report)
+
+    # Print the table, draw the curve and the pictures
+    table = show_entries([('generator', 1, ms_control / draws, control, 0),
+                          (f'TTEO, {starts} x {iterations} steps', passes[-1], ms, ascent, -1),
+                          (f'best of {draws}', draws, ms_control, control, -1)], tasks, task_names)
+    print(f'{n_images} images, seeds ({seed}, 0..{n_images - 1}), {output} output; they are chosen by the reward, so '
+          'its value is no evidence: read the held-out reward and the checker')
+    trajectory, best_of_n = history(ascent, passes), history(control, range(1, draws + 1))
+    column, label = ('followed', 'captions followed') if source.judges else ('held_out', 'held-out reward')
+    save_curve(f'{stem}-curve.png', {'TTEO': [(row['passes'], row[column]) for row in trajectory],
+                                     'best of N': [(row['passes'], row[column]) for row in best_of_n]}, label)
+    with writing(f'{stem}.json'), open(f'{stem}.json', 'w') as file:
+        json.dump(dict(config=config, table=table, trajectory=trajectory, best_of=best_of_n), file, indent=1)
+    pick = torch.linspace(0, n_images - 1, min(n_images, 16)).long()
+    save_grid(f'{stem}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
               columns=len(pick))
-    print(f'{name}.png: before, after, best of {best_of}; {name}-curve.png, {name}.json')
+    print(f'{stem}.png: before, after, best of {draws}; {stem}-curve.png, {stem}.json')

@@ -1,0 +1,410 @@
+"""
+Numbers for pictures: toy distance, precision and recall, prompt following, FID and IS with an
+Inception network that the user gives, and the table that ends every stage.
+"""
+import hashlib
+import json
+import math
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common.images import decode_images, encode_images, save_grid
+from common.run import image_rngs, progress, rng_for, synchronise, writing
+
+TOY_SIZE = 32                                          # pixels a side that toy_features looks at
+NEIGHBOURS = 5                                         # reference images that vote on a class
+SHOWN = 16                                             # images per row of a picture
+NAME_WIDTH = 26                                        # columns for the name of a table's row
+EXTRAS = ('reward', 'held_out', 'clipped', 'saturation')  # what reward.py measures besides
+
+
+# -----------------------------------------------------------------------------
+# Distances of two sets of images
+
+def toy_weights():
+    """The weights of `toy_features`: two convolutions with biases, one projection. NumPy's legacy
+    generator is frozen, so that they are the same on every machine."""
+    rng = np.random.RandomState(0)
+
+    def draw(gain, *shape):
+        fan_in = math.prod(shape[1:])                  # 1 for a bias
+        normal = torch.from_numpy(rng.standard_normal(shape)).float()
+        return normal * gain / fan_in ** 0.5
+
+    w1 = draw(1.4, 32, 3, 5, 5)
+    b1 = draw(0.3, 32)
+    w2 = draw(1.4, 64, 32, 3, 3)
+    b2 = draw(0.3, 64)
+    project = draw(10, 64, 64 * 4 * 4)
+    return w1, b1, w2, b2, project
+
+
+def toy_features(images):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 64) float64: two random convolutions, ReLU, 4x4 average
+    pooling, a random projection. It reacts to colour, place, size, shape and background."""
+    w1, b1, w2, b2, project = toy_weights()
+    features = []
+    for part in images.float().cpu().clamp(-1, 1).split(500):
+        x = F.adaptive_avg_pool2d(part, TOY_SIZE)              # changes no image of that size
+        h = F.relu(F.conv2d(x, w1, b1, stride=2, padding=2))   # (B, 32, 16, 16)
+        h = F.relu(F.conv2d(h, w2, b2, stride=2, padding=1))   # (B, 64, 8, 8)
+        pooled = F.adaptive_avg_pool2d(h, 4).flatten(1)        # (B, 64 * 16)
+        features.append(pooled @ project.T)
+    return torch.cat(features).double()
+
+
+def gaussian_of(x):
+    """Features (M, d), or a tuple of mean and covariance -> mean (d,), covariance (d, d).
+    Both are float64."""
+    if isinstance(x, tuple):
+        mean, covariance = x
+        return torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
+    features = x.double()
+    d = features.shape[1]
+    covariance = torch.cov(features.T).reshape(d, d)   # of one feature torch gives a number
+    return features.mean(0), covariance
+
+
+def frechet_distance(x, y):
+    """Frechet distance of two Gaussians in float64 (Heusel et al. 2017), each given by features
+    (M, d) or by a tuple of mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The
+    last trace is the sum of the singular values of S1^(1/2) S2^(1/2), which stays exact where a
+    covariance has no full rank."""
+    m1, s1 = gaussian_of(x)
+    m2, s2 = gaussian_of(y)
+    values, vectors = torch.linalg.eigh(torch.stack([s1, s2]))
+    scales = values.clamp(min=0).sqrt()                # rounding may leave an eigenvalue below 0
+    root1, root2 = (vectors * scales[:, None]) @ vectors.mT
+    cross = torch.linalg.svdvals(root1 @ root2).sum()
+    return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
+
+
+def covered(centres, points, k):
+    """Share of the points (N, d) that lie inside some ball around a centre (M, d), whose radius is
+    the distance to the k-th other centre."""
+    radius = []
+    for part in centres.split(1000):
+        distance = torch.cdist(part, centres)
+        radius.append(distance.kthvalue(k + 1).values)  # the nearest centre is the centre itself
+    radius = torch.cat(radius)                          # (M,)
+    inside = []
+    for part in points.split(1000):
+        hits = torch.cdist(part, centres) < radius      # (N, M)
+        inside.append(hits.any(1))
+    return float(torch.cat(inside).double().mean())
+
+
+def precision_recall(real, fake, k=3):
+    """Precision, the share of fakes that real balls cover, and recall, the roles swapped
+    (Kynkaanniemi et al. 2019): features (M, d), (N, d) -> two floats."""
+    real = real.double()                                # cdist cancels in float32
+    fake = fake.double()
+    precision = covered(real, fake, k)
+    recall = covered(fake, real, k)
+    return precision, recall
+
+
+# -----------------------------------------------------------------------------
+# What the stages measure
+
+class Reference:
+    """What the metrics compare with: the images that the data source sets apart, held-out renders
+    of the shapes world or a random half of a folder (which the models were trained on too). `rest`
+    are the indices of others like them, from which `prompts` takes captions and real images."""
+
+    def __init__(self, source, n=5000):
+        self.source = source
+        index, self.rest, self.name = source.reference_split(n)
+        self.captions = []
+        features = []
+        n_parts = math.ceil(len(index) / 500)          # of 500; 5,000 ImageNet images take 4 GB
+        for part in np.array_split(index, n_parts):
+            images, captions = source.batch(part)
+            features.append(toy_features(images))
+            self.captions += captions
+        self.features = torch.cat(features)
+
+    def prompts(self, n):
+        """n captions with their real images (n, 3, H, W), none of them in the reference."""
+        images, captions = self.source.batch(np.resize(self.rest, n))
+        return captions, images
+
+    def measure(self, images, captions):
+        """Images (n, 3, H, W) drawn for the captions -> dict: toy_fd, precision, recall, accuracy
+        (share of images that show their caption), n, reference; where captions fall into tasks also
+        the accuracy of each and `tv`, the total variation distance of each factor."""
+        features = toy_features(images)
+        precision, recall = precision_recall(self.features, features)
+        toy_fd = frechet_distance(features, self.features)
+        row = dict(toy_fd=toy_fd, precision=precision, recall=recall)
+        if self.source.judges:
+            right = self.source.follows(images, captions)
+        else:
+            right = self.vote(features, captions)
+        if self.source.task_names:
+            row['tasks'] = self.accuracy_by_task(right, captions)
+            row['tv'] = self.source.factors(images, captions)
+        return dict(row, accuracy=float(right.mean()), n=len(captions), reference=self.name)
+
+    def vote(self, features, captions):
+        """Is the caption the commonest among the nearest reference images? -> bool array (n,)."""
+        words = self.source.words
+        labels = torch.tensor([words.index(caption) for caption in self.captions])
+        distance = torch.cdist(features, self.features)
+        nearest = distance.topk(min(NEIGHBOURS, len(labels)), largest=False).indices  # (n, 5)
+        winners = labels[nearest].mode(1).values.tolist()
+        return np.array([words[w] == caption for w, caption in zip(winners, captions)])
+
+    def accuracy_by_task(self, right, captions):
+        """Share of right images (n,) among the captions of each task, for the tasks that occur."""
+        tasks = np.array(self.source.tasks(captions))
+        shares = {}
+        for name in self.source.task_names:
+            of_task = tasks == name
+            if of_task.any():
+                shares[name] = float(right[of_task].mean())
+        return shares
+
+
+@torch.no_grad()
+def render(sample, loaded, captions, seed, batch=250):
+    """Draw n captions in batches with sample(cond, rng) -> tokens: images (n, 3, H, W) on the CPU,
+    milliseconds per image. Image k follows from (seed, k). The time is that of sampling and
+    decoding: a text encoder remembers its prompts, so its time would fall on the first sampler of a
+    table alone."""
+    images = []
+    seconds = 0.0
+    for start in range(0, len(captions), batch):
+        part = captions[start:start + batch]
+        cond = loaded.encode(part)
+        synchronise(loaded.device)
+        begin = time.time()
+        rngs = image_rngs(seed, range(start, start + len(part)), loaded.device)
+        tokens = sample(cond, rngs)
+        images.append(decode_images(loaded.tokenizer, tokens, part))   # waits for the device
+        seconds += time.time() - begin
+    return torch.cat(images), seconds * 1000 / len(captions)
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+def print_extras(entries):
+    """Print what rows hold beyond the columns of `show_table`: rewards, accuracy of each task."""
+    rows = []
+    for entry in entries:
+        row = {key: entry[key] for key in EXTRAS if key in entry}
+        row.update(entry.get('tasks', {}))
+        rows.append(row)
+    if not rows[0]:
+        return
+    print()
+    print(' ' * NAME_WIDTH + ''.join(f'{name:>15s}' for name in rows[0]))
+    for entry, row in zip(entries, rows):
+        print(entry['name'].ljust(NAME_WIDTH) + ''.join(f'{value:15.3f}' for value in row.values()))
+
+
+def show_table(entries):
+    """Print rows of measurements, their sample count and reference, then what else they hold."""
+    factors = list(entries[0].get('tv', {}))
+    heading = ' ' * NAME_WIDTH + 'passes  ms/image  toy FD  precision  recall  followed'
+    for factor in factors:
+        heading += f'{"TV " + factor:>15s}'
+    print()
+    print(heading)
+    for entry in entries:
+        line = entry['name'].ljust(NAME_WIDTH)
+        line += f'{entry["passes"]:6d}{entry["ms"]:10.2f}{entry["toy_fd"]:8.2f}'
+        line += f'{entry["precision"]:11.3f}{entry["recall"]:8.3f}{entry["accuracy"]:10.3f}'
+        for factor in factors:
+            line += f'{entry["tv"][factor]:15.3f}'
+        print(line)
+    note = f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against '
+    note += entries[0]['reference']
+    if factors:
+        note += '; TV: total-variation distance of what the captions leave open from its known law'
+    print(note)
+    print_extras(entries)
+
+
+@torch.no_grad()
+def final_table(path, samplers, loaded, reference, n, seed, config):
+    """Measure n real images, their reconstruction by the tokenizer and every sampler of
+    {name: (passes, sample(cond, rng) -> tokens)}; print the table and write path.json and path.png
+    (16 images per row, the same captions in each column). Raises OSError where a file cannot be
+    written."""
+    captions, real = reference.prompts(n)
+    tokens = encode_images(loaded.tokenizer, real)
+    rebuilt = decode_images(loaded.tokenizer, tokens, captions)
+    entries = []
+    for name, images in {'real images': real, 'tokenizer reconstruction': rebuilt}.items():
+        measured = reference.measure(images, captions)
+        entries.append(dict(name=name, passes=0, ms=0.0, **measured))
+    pictures = [real[:SHOWN]]
+    for name, (passes, sample) in samplers.items():
+        drawn, ms = render(sample, loaded, captions, seed)
+        measured = reference.measure(drawn, captions)
+        entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **measured))
+        pictures.append(drawn[:SHOWN])
+    show_table(entries)
+    labels = captions[:SHOWN] * len(pictures)
+    save_grid(f'{path}.png', torch.cat(pictures), labels, columns=len(pictures[0]))
+    with writing(f'{path}.json'), open(f'{path}.json', 'w') as file:
+        json.dump(dict(config=config, rows=entries), file, indent=1)
+    print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, '
+          f'samples: python sample.py --ckpt {path}.pt')
+
+
+# -----------------------------------------------------------------------------
+# FID and IS
+
+class Moments:
+    """Mean and covariance of features in float64 from partial sums: `add` rows (B, d), `merge` the
+    sums of all processes."""
+
+    def __init__(self, d, device='cpu'):
+        self.d = d
+        self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+
+    def add(self, x):
+        x = F.pad(x.double(), (0, 1), value=1)         # [x, 1]^T [x, 1]: products, sums, count
+        self.sums += x.T @ x
+
+    def merge(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self):
+        """-> mean (d,), covariance (d, d)."""
+        d = self.d
+        products = self.sums[:d, :d]
+        n = self.sums[d, d]
+        mean = self.sums[d, :d] / n
+        covariance = (products - n * mean[:, None] * mean) / (n - 1)
+        return mean, covariance
+
+
+def inception_score(probs, split=5000):
+    """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class
+    probabilities (n, K), averaged over the splits. Labels must be in random order, or a split sees
+    few classes."""
+    scores = []
+    for p in probs.double().split(split):
+        divergence = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)  # (split,)
+        scores.append(divergence.mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+def load_inception(path, device):
+    """The TorchScript Inception network that the user names, a program -> a function of uint8
+    images (B, 3, H, W) that returns features (B, 2048) and class probabilities (B, 1008); sha256 of
+    the file. Raises ValueError where the file cannot be read."""
+    try:
+        with open(path, 'rb') as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        program = torch.jit.load(path, map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f'{path}: not readable as TorchScript ({reason}); expected '
+                         'inception-2015-12-05.pt, see README.md') from None
+    torch.backends.cudnn.allow_tf32 = False            # FID is defined by float32 features
+
+    def network(images):
+        features = program(images, return_features=True)
+        probs = program(images, no_output_bias=True)
+        return features.float(), probs.float()
+    return network, digest
+
+
+def balanced_labels(n, K, seed):
+    """n class labels (n,): one random permutation of the K classes, repeated."""
+    order = torch.randperm(K, generator=rng_for(seed, 0, 'labels'))
+    return order.repeat(math.ceil(n / K))[:n]
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255: clip(127.5 x + 128), truncated, as Di[M]O's evaluation does."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def decode_uint8(tokenizer, tokens, captions):
+    """Tokens (B, N) -> uint8 images (B, 3, H, W), which stay on the device for the next network."""
+    images = []
+    for start in range(0, len(tokens), tokenizer.batch):
+        rows = slice(start, start + tokenizer.batch)
+        decoded = tokenizer.decode(tokens[rows], captions[rows])
+        images.append(to_uint8(decoded))
+    return torch.cat(images)
+
+
+def reference_moments(ref, d, device):
+    """mu (d,) and sigma (d, d) of the open npz `ref` in float64. Raises ValueError where they have
+    other shapes."""
+    mean = torch.from_numpy(ref['mu']).double().to(device)
+    covariance = torch.from_numpy(ref['sigma']).double().to(device)
+    if mean.shape != (d,) or covariance.shape != (d, d):
+        shapes = f'mu has shape {tuple(mean.shape)}, sigma {tuple(covariance.shape)}'
+        raise ValueError(f'--ref: {shapes}, the network gives {d} features; '
+                         'give statistics that were made with this network')
+    return mean, covariance
+
+
+def inception_outputs(sample, loaded, captions, network, widths, seed, batch):
+    """What the network says of the images drawn for n captions, by all processes together ->
+    Moments of the features, features (n, d), probabilities (n, K); widths are d and K. Batch k
+    belongs to process k mod world; image i follows from (seed, i)."""
+    rank = 0
+    world = 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+    n = len(captions)
+    device = loaded.device
+    d, K = widths
+    moments = Moments(d, device)
+    features = torch.zeros(n, d, device=device)
+    probs = torch.zeros(n, K, device=device)
+    bar = progress(n, 'samples for FID')
+    for start in range(rank * batch, n, world * batch):
+        stop = min(start + batch, n)
+        some = captions[start:stop]
+        tokens = sample(loaded.encode(some), image_rngs(seed, range(start, stop), device))
+        pixels = decode_uint8(loaded.tokenizer, tokens, some)
+        x, p = network(pixels)
+        moments.add(x)
+        features[start:stop] = x
+        probs[start:stop] = p
+        bar.update(min(world * batch, n - start))      # the other processes have drawn as many
+    bar.close()
+    moments.merge()
+    if world > 1:                                      # each row is zero on all but one process
+        dist.all_reduce(features)
+        dist.all_reduce(probs)
+    return moments, features, probs
+
+
+@torch.no_grad()
+def inception_metrics(sample, loaded, captions, network, ref, seed, batch):
+    """FID, IS, precision and recall of images that sample(cond, rngs) draws for n captions, class
+    names in random order -> a dict, on every process. `network` gives features and probabilities;
+    `ref` is the open npz, with images (arr_0) or without: then no precision and recall. Fewer than
+    50,000 images are called FID@n. Raises ValueError where `ref` was made with another network."""
+    n = len(captions)
+    device = loaded.device
+    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+    widths = [output.shape[1] for output in network(blank)]
+    wanted = reference_moments(ref, widths[0], device)
+    moments, features, probs = inception_outputs(
+        sample, loaded, captions, network, widths, seed, batch)
+
+    name = 'FID' if n >= 50_000 else f'FID@{n}'
+    row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
+    if 'arr_0' in ref:
+        real = torch.from_numpy(ref['arr_0']).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
+        real_features = [network(part.to(device))[0] for part in real.split(batch)]
+        row['precision'], row['recall'] = precision_recall(torch.cat(real_features), features)
+    return row
