@@ -21,11 +21,11 @@ import torch
 
 from common.files import (load_resumed, optimizer_states, restore, restore_optimizers,
                           save_checkpoint)
-from common.images import open_data, save_grid
+from common.images import save_grid
 from common.metrics import Reference, final_table, render
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
-                        make_optimizers, meet, micro_rng, out_folder, progress, rate_law,
-                        report_bench, rounded, same_weights, set_rates, smoothed, start_run,
+                        make_optimizers, meet, micro_rng, millions, out_folder, progress,
+                        rate_law, report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
 from common.teachers import copy_of, load_teacher, same_tokens, teacher_file, train_missing
 from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step, remask,
@@ -49,7 +49,7 @@ n_reference = 5000     # held-out renders that they are compared with (of a fold
 # Di[M]O
 steps = 3000           # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
-micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 generator_lr = 3e-4    # Adam; paper 1e-5 on everything (174 M parameters)
 aux_lr = 5e-4          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
 generator_muon = 0.004  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
@@ -57,6 +57,7 @@ aux_muon = 0.01        # the same for the auxiliary model: higher rates make it 
 aux_momentum = 0.8     # its Muon's, less than the generator's .95 to follow it sooner
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
+weight_decay = 0.0     # of the generator; paper 0
 warmup = 50            # steps of linear warm-up; paper 100
 cooldown = 1.0         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
@@ -85,30 +86,35 @@ bench = False          # time 20 steps and stop
 # What --teacher=NAME changes: the paper's values; steps is our guess (watch FID)
 RECIPES = {
     'maskgit': dict(
-        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0, beta2=0.999,
-        warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=-0.2, cfg_scale=2.0, tau_sample=1.0, p_full=0.0,
-        p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, log_every=50,
-        teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
+        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0,
+        aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=-0.2,
+        cfg_scale=2.0, tau_sample=1.0, p_full=0.0, p_near=0.0, label_smoothing=0.1,
+        ema_decay=0.9999, save_every=1000, log_every=50, teacher_steps=8, teacher_cfg=4.0,
+        teacher_gumbel=4.5),
     'maskbit': dict(
-        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0, beta2=0.999,
-        warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=0.0, cfg_scale=2.0, tau_sample=1.0, p_full=0.0,
-        p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, log_every=50,
-        teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+        steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0,
+        aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=0.0,
+        cfg_scale=2.0, tau_sample=1.0, p_full=0.0, p_near=0.0, label_smoothing=0.1,
+        ema_decay=0.9999, save_every=1000, log_every=50, teacher_steps=64, teacher_cfg=8.1,
+        teacher_gumbel=7.8)}
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
-    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
-    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
-    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
+    aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
+    cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
+    p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
     ema_decay=(0, 1), teacher_steps=1)
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
 SMOOTHED = ('aux_loss', 'grad_logits')                 # logged as running means
+SHOWN = ('divergence', 'aux_loss', 'entropy')          # beside the progress bar
 
 
 def draw_batch(nets, loaded, run, rng):
-    """Training captions, and what the generator makes of them -> cond, logits (B, N, V), tokens (B, N)."""
+    """Training captions, and what the generator makes of them -> cond, logits (B, N, V), tokens (B,
+    N)."""
     index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
     captions = [loaded.prompts[k] for k in index.tolist()]
     cond = loaded.encode(captions)
@@ -118,8 +124,9 @@ def draw_batch(nets, loaded, run, rng):
 
 
 def dimo_gradient(nets, x_t, mask, cond):
-    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
-    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the
+    auxiliary logits, whose graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator
+    update)."""
     with torch.no_grad():
         teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
     aux_logits = nets.aux(x_t, cond)
@@ -135,7 +142,8 @@ def divergence(nets, x_t, mask, cond):
 
 
 def released_aux_loss(nets, loaded, run, step, k):
-    """The released order: the auxiliary model learns from a draw of its own, a generator pass more."""
+    """The released order: the auxiliary model learns from a draw of its own, a generator pass
+    more."""
     rng = micro_rng(seed, step, k, run, 'fresh')
     with torch.no_grad():
         cond, _, tokens = draw_batch(nets, loaded, run, rng)
@@ -147,7 +155,9 @@ def released_aux_loss(nets, loaded, run, step, k):
 
 def update(nets, optimizers, loaded, run, step):
     """One Di[M]O step: generator and auxiliary update -> numbers for the log, logits (B, N, V)."""
+    # Set the learning rates
     set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    # Accumulate gradients
     nets.generator.zero_grad()
     nets.aux.zero_grad()
     numbers = {}
@@ -163,18 +173,33 @@ def update(nets, optimizers, loaded, run, step):
         if reuse:
             psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
             psi_loss.backward()
+    # Look at the divergence
     if (step + 1) % log_every == 0:
         with run.autocast:
             numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    # Update weights
     numbers['norm_generator'] = take_step(nets.generator, optimizers['generator'], run, clip)
     if not reuse:
         for k in range(run.accumulate):
             psi_loss = released_aux_loss(nets, loaded, run, step, k)
             psi_loss.backward()
     numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    # Update the average
     ema_update(nets.generator_ema, nets.generator, ema_decay, step)
     numbers.update(aux_loss=psi_loss.detach(), grad_logits=grad.norm() / run.micro)
     return numbers, logits.detach()
+
+
+def load_start(folder, run):
+    """-> the teacher with what surrounds it; the weights that generator and auxiliary model start
+    from, its own; their file. A missing teacher of ours is trained first."""
+    if run.rank == 0 and teacher == 'ours' and not teacher_ckpt:
+        train_missing(data, folder, seed)
+    meet()
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder)
+    loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device)
+    weights = loaded.net.state_dict()
+    return loaded, dict(stage='model', ema=weights, aux=weights), path
 
 
 # -----------------------------------------------------------------------------
@@ -184,25 +209,21 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'distill', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
-
-    # Load the teacher; everything starts from it
-    if run.rank == 0 and teacher == 'ours' and not teacher_ckpt:
-        train_missing(data, folder, seed)
-    meet()
-    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder)
-    loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device)
-    start = dict(ema=loaded.net.state_dict(), aux=loaded.net.state_dict())
+    loaded, start, first = load_start(folder, run)
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.generator = copy_of(loaded.net, start['ema'], path, True, freeze_tables, grad_checkpoint)
-    nets.generator_ema = copy_of(loaded.net, start['ema'], path)
-    nets.aux = copy_of(loaded.net, start['aux'], path, True, freeze_tables, grad_checkpoint)
+    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
+    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
 
     # Build the optimizers
-    optimizers = dict(
-        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2)),
-        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum))
+    optimizers, betas = {}, (beta1, beta2)
+    optimizers['generator'] = make_optimizers(nets.generator, generator_muon, generator_lr, betas,
+                                              weight_decay)
+    optimizers['aux'] = make_optimizers(nets.aux, aux_muon, aux_lr, betas, momentum=aux_momentum)
+
+    # Resume
     step, smooth = 0, {}
     if resume:
         state = load_resumed(out, stage, config)
@@ -211,15 +232,16 @@ if __name__ == '__main__':
         restore(nets.generator_ema, state['ema'], out, 'ema')
         restore(nets.aux, state['aux'], out, 'aux')
         restore_optimizers(optimizers, state['optimizers'], out)
-        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
+        step = state['step']
+        smooth = {key: value.to(run.device) for key, value in state['smooth'].items()}
     same_weights(nets.generator, nets.generator_ema, nets.aux)
     if compile:
         compile_blocks(nets.teacher, nets.generator, nets.aux)
 
     # Print the plan
     if run.rank == 0:
-        print(f'3 x {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
-              f'{batch_size} = {run.world} x {run.accumulate} x {run.micro}')
+        print(f'generator {millions(nets.generator):.2f} M parameters')
+        print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
     if bench:
         def bench_step():
             update(nets, optimizers, loaded, run, step)
@@ -227,39 +249,37 @@ if __name__ == '__main__':
         raise SystemExit
     log = Log(out, step) if run.rank == 0 else None
 
-    # Show the teacher
-    reference = None                                   # published teachers may have no data
-    shown = loaded.examples(16)
-    if loaded.data:
-        reference = Reference(open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words),
-                              n_reference)
-        shown = reference.prompts(32)[0][:16]
+    # Choose what to show and to measure
+    reference = Reference.of(loaded, n_reference)      # None: published teachers may have no data
+    shown = reference.prompts(32)[0][:16] if reference else loaded.examples(16)
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
+    above = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
     if run.rank == 0:
-        teacher_grid, _ = render(teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel), loaded, shown, seed)
+        grid_above, _ = render(above, loaded, shown, seed)
 
-    bar, stop = progress(steps, stage, step), Stop()
+    stop = Stop()
+    bar = progress(steps, stage, step)
     while True:
         ending = step >= steps or stop.now(step, run.device)
         if run.rank == 0 and (step % save_every == 0 or ending):
-            # Save
-            if step:
-                save_checkpoint(out, dict(
-                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth,
-                    net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
-                    optimizers=optimizer_states(optimizers)))
-            # Show
-            grid, _ = render(one_pass, loaded, shown, seed)
-            picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([teacher_grid, grid]), shown * 2)
-            bar.write(f'step {step}: grid in {picture}')
             # Measure
             if reference:
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
-                          f'({row["n"]} images)')
+                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
+                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+            # Save
+            state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
+            state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())
+            state.update(aux=nets.aux.state_dict(), optimizers=optimizer_states(optimizers))
+            if step:
+                save_checkpoint(out, state)
+            # Show
+            grid, _ = render(one_pass, loaded, shown, seed)
+            picture = f'{folder}/{stage}-{step:06d}.png'
+            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
+            bar.write(f'step {step}: grid in {picture}')
         if ending:
             break
         # -------------------------------------------------------------------------
@@ -268,13 +288,15 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         # Log
-        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        logging = step % log_every == 0
+        saving = step % save_every == 0 or step == steps
         if run.rank == 0 and (logging or saving):
-            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux']))
-        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
+            check_finite(step, numbers)
+        if run.rank == 0 and logging:                  # norms: of all processes; the rest: the last
+                                                       # micro-batch of this one
             entropy, top = token_entropy(logits)
             row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
-            bar.set_postfix({k: row[k] for k in ('divergence', 'aux_loss', 'entropy')}, refresh=False)
+            bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))
     bar.close()
 
@@ -283,9 +305,10 @@ if __name__ == '__main__':
         samplers = {}
         for n in sorted({1, min(4, most), most}):
             passes = teacher_passes(nets.teacher, n, teacher_cfg)
-            samplers[f'teacher, {n} steps'] = passes, teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
+            sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
+            samplers[f'teacher, {n} steps'] = passes, sampler
         samplers['student, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
-    elif run.rank == 0 and step >= steps:
+    if run.rank == 0 and not reference:
         print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
     end_run()

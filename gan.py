@@ -24,11 +24,11 @@ import torch.nn.functional as F
 
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, save_checkpoint, settings_of)
-from common.images import captions_of, decode_images, draw_real, open_data, save_grid, token_data
+from common.images import TokenData, decode_images, open_data, save_grid, token_data
 from common.metrics import Reference, final_table, frechet_distance, render, toy_features
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
-                        image_rngs, make_optimizers, micro_rng, out_folder, progress, rate_law,
-                        report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
+                        image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
+                        rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
                         start_run, take_step)
 from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
 from model import (aux_loss, both, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
@@ -67,7 +67,7 @@ spectral = False       # spectral norm on the heads' linear layers (one power it
 # Di[M]O
 steps = 600            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
-micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 generator_lr = 5e-5    # Adam; paper 5e-7 on everything in the long MaskBit run
 aux_lr = 1.25e-4       # Adam; the auxiliary model follows the generator; higher rates are too noisy
 generator_muon = 0.0005  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
@@ -104,41 +104,45 @@ bias = False           # print the bias of the soft embedding beside its bound f
 # What --teacher=NAME changes: the paper's values (w_gan, r_max, rates of the long MaskBit run); steps is our guess
 RECIPES = {
     'maskgit': dict(
-        flips=True, steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
-        disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0, beta2=0.999, warmup=100, cooldown=0.0, beta=-0.2,
-        cfg_scale=2.0, p_full=0.0, p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000,
-        teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
+        flips=True, steps=30_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5,
+        generator_muon=0.0, aux_muon=0.0, disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0,
+        beta2=0.999, warmup=100, cooldown=0.0, beta=-0.2, cfg_scale=2.0, p_full=0.0, p_near=0.0,
+        label_smoothing=0.1, ema_decay=0.9999, save_every=1000, teacher_steps=8, teacher_cfg=4.0,
+        teacher_gumbel=4.5),
     'maskbit': dict(
-        flips=True, steps=30_000, batch_size=64, generator_lr=5e-7, aux_lr=5e-7, generator_muon=0.0, aux_muon=0.0,
-        disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0, weight_decay=0.01, beta2=0.999, warmup=100,
-        cooldown=0.0, cfg_scale=2.0, p_full=0.0, p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000,
-        teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+        flips=True, steps=30_000, batch_size=64, generator_lr=5e-7, aux_lr=5e-7,
+        generator_muon=0.0, aux_muon=0.0, disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0,
+        weight_decay=0.01, beta2=0.999, warmup=100, cooldown=0.0, cfg_scale=2.0, p_full=0.0,
+        p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, teacher_steps=64,
+        teacher_cfg=8.1, teacher_gumbel=7.8)}
 
 # Settings that the generator's checkpoint hands on
 INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teacher_ckpt', 'r_init', 'sigma_init',
              'tau', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
-    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
-    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
-    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
-    ema_decay=(0, 1), teacher_steps=1,
-    relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0, disc_muon=0, disc_warmup=0, disc_width=1,
-    weight_decay=0)
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
+    aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), warmup=0, cooldown=(0, 1),
+    clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
+    p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
+    teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
+    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
 # -----------------------------------------------------------------------------
 # The discriminator
 
 def head_layers(depth):
-    """Blocks that carry a head, counted from 1: three below depth 12, else four, evenly spaced up to the last."""
+    """Blocks that carry a head, counted from 1: three below depth 12, else four, evenly spaced up
+    to the last."""
     n = 3 if depth < 12 else 4
     return sorted({max(1, depth * k // n) for k in range(1, n + 1)})
 
 
 class Head(nn.Module):
-    """One light head: hidden states (B, L, D), conditions (B, C) -> a logit per token (B, L). Neighbouring tokens are
-    mixed by a depthwise convolution, 3x3 where they stand on a grid (rows, columns), else of width 9 along the line;
-    the condition enters as a projection (Miyato & Koyama 2018), from zero."""
+    """One light head: hidden states (B, L, D), conditions (B, C) -> a logit per token (B, L).
+    Neighbouring tokens are mixed by a depthwise convolution, 3x3 where they stand on a grid (rows,
+    columns), else of width 9 along the line; the condition enters as a projection (Miyato & Koyama
+    2018), from zero."""
 
     def __init__(self, D, width, grid, C, spectral):
         super().__init__()
@@ -177,8 +181,9 @@ def bounded(layer, spectral):
 
 
 class Discriminator(nn.Module):
-    """Heads on the frozen teacher's hidden states: D(emb_r, r) of Soft-Di[M]O (arXiv 2509.22925). `states` is a list
-    of (B, L, D), pooled (B, C) the condition as one vector, r (B, 1) the masked share -> one logit per image (B,)."""
+    """Heads on the frozen teacher's hidden states: D(emb_r, r) of Soft-Di[M]O (arXiv 2509.22925).
+    `states` is a list of (B, L, D), pooled (B, C) the condition as one vector, r (B, 1) the masked
+    share -> one logit per image (B,)."""
 
     def __init__(self, D, grid, layers, C, width, spectral):
         super().__init__()
@@ -191,36 +196,49 @@ class Discriminator(nn.Module):
         return torch.stack(logits).mean(0)
 
 
+def make_discriminator(loaded):
+    """Heads for a teacher, of random weights."""
+    net = loaded.net
+    pooled = net.pooled(loaded.encode(loaded.first(1)))        # (1, C)
+    return Discriminator(net.D, net.grid, head_layers(len(net.blocks)), pooled.shape[1], disc_width, spectral)
+
+
 def disc_loss(real_logits, fake_logits, hinge):
-    """The discriminator's loss from logits (B,) each: softplus(-D(real)) + softplus(D(fake)), or hinge."""
+    """The discriminator's loss from logits (B,) each: softplus(-D(real)) + softplus(D(fake)), or
+    hinge."""
     if hinge:
         return (F.relu(1 - real_logits) + F.relu(1 + fake_logits)).mean()
     return (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
 
 
 def gan_loss(fake_logits, hinge):
-    """The generator's loss: -log D(fake), non-saturating (Soft-Di[M]O, arXiv 2509.22925), or -D(fake) with hinge."""
+    """The generator's loss: -log D(fake), non-saturating (Soft-Di[M]O, arXiv 2509.22925), or
+    -D(fake) with hinge."""
     return -fake_logits.mean() if hinge else F.softplus(-fake_logits).mean()
 
 
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi), disc
 
-SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss', 'grad_gan')
+SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss',
+            'grad_gan')                                # logged as running means
+SHOWN = ('divergence', 'acc_real', 'acc_fake', 'entropy')       # beside the progress bar
 
 
-def draw_batch(nets, loaded, dataset, run, rng):
-    """Real tokens (B, N), the condition of their captions, and what the generator makes of it: logits, tokens."""
-    real, ids = draw_real(dataset, nets.generator.N, run, rng)
-    cond = loaded.encode(captions_of(ids, loaded.words))
+def draw_batch(nets, loaded, run, rng):
+    """Real tokens (B, N), the condition of their captions, and what the generator makes of it:
+    logits, tokens."""
+    real, captions = loaded.real.draw(run, rng)
+    cond = loaded.encode(captions)
     with run.autocast:
         logits, tokens = one_step(nets.generator, cond, r_init, sigma_init, tau, rng)
     return real, cond, logits, tokens
 
 
 def dimo_gradient(nets, x_t, mask, cond):
-    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
-    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the
+    auxiliary logits, whose graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator
+    update)."""
     with torch.no_grad():
         teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
     aux_logits = nets.aux(x_t, cond)
@@ -236,8 +254,9 @@ def divergence(nets, x_t, mask, cond):
 
 
 def look(teacher, real, logits, cond, rng):
-    """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share r ~ U[0, r_max], in
-    one pass of the frozen teacher -> its hidden states, real half first: list of (2 B, L, D); r (B, 1)."""
+    """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
+    r ~ U[0, r_max], in one pass of the frozen teacher -> its hidden states, real half first: list
+    of (2 B, L, D); r (B, 1)."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
     hidden = random_positions(real.shape, (r * teacher.N).round(), rng, real.device)
     fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)    # Soft-Di[M]O Eq. 3
@@ -248,7 +267,8 @@ def look(teacher, real, logits, cond, rng):
 
 
 def judge(disc, states, pooled, r):
-    """Train the heads on the states of `look`, of which no gradient is taken -> numbers for the log."""
+    """Train the heads on the states of `look`, of which no gradient is taken -> numbers for the
+    log."""
     seen = [h.detach() for h in states]
     verdict = disc.train()(seen, torch.cat([pooled, pooled]), torch.cat([r, r]))
     d_real, d_fake = verdict.chunk(2)
@@ -259,7 +279,8 @@ def judge(disc, states, pooled, r):
 
 
 def gan_gradient(disc, fake_states, pooled, r, logits):
-    """d(-log D(emb_r, r)) / dz, per image: (B, N, V). The one place to edit for another generator loss."""
+    """d(-log D(emb_r, r)) / dz, per image: (B, N, V). The one place to edit for another generator
+    loss."""
     disc.eval()                                        # no power iteration of the spectral norm
     loss = gan_loss(disc(fake_states, pooled, r), hinge)
     return torch.autograd.grad(loss, logits)[0].float() * len(logits)
@@ -272,16 +293,19 @@ def look_and_judge(nets, real, logits, cond, run, rng):
     return states, pooled, r, judge(nets.disc, states, pooled, r)
 
 
-def update(nets, optimizers, loaded, dataset, run, step):
-    """One step of generator, auxiliary model and discriminator -> numbers for the log, logits (B, N, V)."""
+def update(nets, optimizers, loaded, run, step):
+    """One step of generator, auxiliary model and discriminator -> numbers for the log, logits (B,
+    N, V)."""
+    # Set the learning rates
     set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    # Accumulate gradients
     nets.generator.zero_grad()
     nets.aux.zero_grad()
     nets.disc.zero_grad()
     numbers = {}
     for k in range(run.accumulate):
         rng = micro_rng(seed, step, k, run)
-        real, cond, logits, tokens = draw_batch(nets, loaded, dataset, run, rng)
+        real, cond, logits, tokens = draw_batch(nets, loaded, run, rng)
         total = torch.zeros_like(logits, dtype=torch.float32)      # gradient of the whole loss at the logits, times B
         # Di[M]O: the regulariser, and the auxiliary model's own loss
         if w_dimo:
@@ -302,20 +326,23 @@ def update(nets, optimizers, loaded, dataset, run, step):
             total += grad
             numbers.update(health, g_loss=g_loss, grad_gan=grad.norm() / run.micro)
         surrogate(logits, total).backward()
+    # Look at the divergence
     if w_dimo and (step + 1) % log_every == 0:
         with run.autocast:
             numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    # Update weights
     numbers.update(norm_generator=take_step(nets.generator, optimizers['generator'], run, clip),
                    norm_aux=torch.zeros(()), norm_disc=torch.zeros(()))
     if w_dimo:
         numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
     if w_gan:
         numbers['norm_disc'] = take_step(nets.disc, optimizers['disc'], run, clip)
+    # Update the average
     ema_update(nets.generator_ema, nets.generator, ema_decay, step)
     return numbers, logits.detach()
 
 
-def warm_up_heads(nets, optimizers, loaded, dataset, run, stop):
+def warm_up_heads(nets, optimizers, loaded, run, stop):
     """The discriminator alone learns the game first."""
     bar = progress(disc_warmup, 'discriminator')
     for step in range(disc_warmup):
@@ -325,7 +352,7 @@ def warm_up_heads(nets, optimizers, loaded, dataset, run, stop):
         for k in range(run.accumulate):
             rng = micro_rng(seed, -1 - step, k, run)
             with torch.no_grad():
-                real, cond, logits, _ = draw_batch(nets, loaded, dataset, run, rng)
+                real, cond, logits, _ = draw_batch(nets, loaded, run, rng)
             look_and_judge(nets, real, logits, cond, run, rng)
         take_step(nets.disc, optimizers['disc'], run, clip)
         bar.update()
@@ -337,7 +364,8 @@ def warm_up_heads(nets, optimizers, loaded, dataset, run, stop):
 
 @torch.no_grad()
 def relaxation_gap(nets, loaded, captions):
-    """Toy FD between decoded softmax(z / tau_soft), whatever `relax` is, and hard samples of the same z."""
+    """Toy FD between decoded softmax(z / tau_soft), whatever `relax` is, and hard samples of the
+    same z."""
     rngs = image_rngs(seed, range(len(captions)), loaded.device)
     logits, tokens = one_step(nets.generator_ema, loaded.encode(captions), r_init, sigma_init, tau, rngs)
     soft = decode_images(loaded.tokenizer, relaxed(logits, 'soft', tau_soft), captions)
@@ -346,7 +374,8 @@ def relaxation_gap(nets, loaded, captions):
 
 
 def advice(row, first):
-    """What the health numbers of a log line, beside those of the first line, ask for: a set of sentences."""
+    """What the health numbers of a log line, beside those of the first line, ask for: a set of
+    sentences."""
     asked = set()
     if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
@@ -357,30 +386,51 @@ def advice(row, first):
     return asked
 
 
-def print_bias(loaded, made_by, captions):
-    """The bias of soft embeddings beside its bound, for generators {name: weights}: through the decoder, and through
-    the teacher's first block."""
-    teacher, tokenizer = loaded.net, loaded.tokenizer
+def print_bias(loaded, start, out):
+    """The bias of soft embeddings beside its bound, through the decoder and through the teacher's
+    first block, for the teacher as a generator, the checkpoint `start`, and gan.pt where it is."""
+    teacher, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.first(32)
     cond = loaded.encode(captions)
 
     def first_block(e):
         emb = teacher.input_proj(e.reshape(len(e), teacher.L, -1))
         return teacher.features(emb, cond, [1])[0]
-    through = {'decoder': (tokenizer.decode_latents, tokenizer.table),
-               'first block': (first_block, teacher.table[:teacher.V])}
-    print(f'soft embeddings of {len(captions)} captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}'
-          'entropy  tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
+    made_by = {'teacher, untrained as generator': teacher.state_dict(), f'{start["stage"]}.pt': start['ema']}
+    if os.path.exists(out):
+        made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)['ema']
+    print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
+          'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
     for name, weights in made_by.items():
-        network = copy_of(teacher, weights, name)
         rngs = image_rngs(seed, range(len(captions)), loaded.device)
-        logits, _ = one_step(network, cond, r_init, sigma_init, tau, rngs)
+        logits, _ = one_step(copy_of(teacher, weights, name), cond, r_init, sigma_init, tau, rngs)
         z = logits.float() / tau_soft
-        probs, entropy = z.softmax(-1), token_entropy(z)[0]
-        for what, (f, table) in through.items():
-            gap, bound, trace = relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', loaded.device))
-            size = f(probs @ table).flatten(1).norm(dim=1).mean()
-            print(f'{name:34s}{what:18s}{entropy:7.3f}{trace.mean():11.3f}{gap.mean():19.3f}{bound.mean():8.3f}'
-                  f'{gap.mean() / size:23.4f}')
+        label = f'{name:34s}'
+        print_bias_of(tokenizer.decode_latents, z, tokenizer.table, f'{label}{"decoder":18s}')
+        print_bias_of(first_block, z, teacher.table[:teacher.V], f'{label}{"first block":18s}')
+
+
+def print_bias_of(f, z, table, label):
+    probs, (entropy, _) = z.softmax(-1), token_entropy(z)
+    gap, bound, trace = relaxation_bias(f, probs, table, rng_for(seed, 0, 'bias', z.device))
+    size = f(probs @ table).flatten(1).norm(dim=1).mean()
+    print(f'{label}{entropy:7.3f}{trace.mean():11.3f}{gap.mean():19.3f}{bound.mean():8.3f}{gap.mean() / size:23.4f}')
+
+
+def real_tokens(folder, loaded, run):
+    """The images of the data as tokens, encoded once; mirrored too if asked, or if our teacher saw
+    them so."""
+    size, n_images = loaded.tokenizer.config['image_size'], loaded.config.get('n_images', 50_000)
+    loaded.source = open_data(loaded.data, size, n_images, expected=loaded.words)      # no others than our teacher saw
+    mirrored = flips or loaded.config.get('flips', False)
+    table = token_data(loaded.source, loaded.tokenizer, folder, run.device, flips=mirrored)    # (M, N + T)
+    return TokenData(table, loaded.net.N, loaded.source.words)
+
+
+def random_tokens(loaded):
+    """A stand-in of 64 rows, to time a published size without any file."""
+    shape = 64, loaded.net.N + 1
+    table = torch.randint(min(loaded.net.V, len(loaded.words)), shape, generator=rng_for(seed, 0))
+    return TokenData(table.numpy(), loaded.net.N, loaded.words)
 
 
 def start_path(settings):
@@ -388,8 +438,28 @@ def start_path(settings):
 
 
 def handed_on(settings, given):
-    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts from."""
+    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts
+    from."""
     return settings_of(start_path(settings), INHERITED)
+
+
+def load_start(folder, run):
+    """-> the teacher with what surrounds it, the real images too; the checkpoint that generator and
+    auxiliary model start from; its file."""
+    first = start_path(globals())
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
+    if bench and teacher_path == 'random':
+        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device)
+        loaded.real, weights = random_tokens(loaded), loaded.net.state_dict()
+        return loaded, dict(stage='model', ema=weights, aux=weights), path
+    start = load_checkpoint(first, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
+    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
+    same_tokens(loaded, start, first)
+    if not loaded.data:
+        raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders')
+    if not bias:
+        loaded.real = real_tokens(folder, loaded, run)
+    return loaded, start, first
 
 
 # -----------------------------------------------------------------------------
@@ -401,44 +471,28 @@ if __name__ == '__main__':
     out = os.path.join(folder, f'{stage}.pt')
     if not w_gan and not w_dimo:
         raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
-
-    # Load the generator to start from, and its teacher
-    first = start_path(config)
-    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
-    untrained = bench and teacher_path == 'random'     # to time a published size
-    if untrained:
-        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device)
-        start = dict(stage='model', ema=loaded.net.state_dict(), aux=loaded.net.state_dict())
-    else:
-        start = load_checkpoint(first, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-        loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
-        same_tokens(loaded, start, first)
-        if not loaded.data:
-            raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders')
+    loaded, start, first = load_start(folder, run)
+    if bias:
+        print_bias(loaded, start, out)
+        raise SystemExit
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.teacher.checkpointing = grad_checkpoint       # the heads' gradient passes through it
     nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
     nets.generator_ema = copy_of(loaded.net, start['ema'], first)
     nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
-    if bias:
-        made_by = {'teacher, untrained as generator': loaded.net.state_dict(), f'{start["stage"]}.pt': start['ema']}
-        if os.path.exists(out):
-            made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)['ema']
-        print_bias(loaded, made_by, loaded.first(32))
-        raise SystemExit
+    nets.teacher.checkpointing = grad_checkpoint       # the heads' gradient passes through it
     torch.manual_seed(seed)
-    layers = head_layers(len(nets.teacher.blocks))
-    pooled_width = nets.teacher.pooled(loaded.encode(loaded.first(1))).shape[1]
-    nets.disc = Discriminator(nets.teacher.D, nets.teacher.grid, layers, pooled_width, disc_width, spectral)
-    nets.disc.to(run.device)
+    nets.disc = make_discriminator(loaded).to(run.device)
 
     # Build the optimizers
-    optimizers = dict(
-        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2), weight_decay),
-        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum),
-        disc=make_optimizers(nets.disc, disc_muon, disc_lr, (0.9, 0.99)))
+    optimizers, betas = {}, (beta1, beta2)
+    optimizers['generator'] = make_optimizers(nets.generator, generator_muon, generator_lr, betas,
+                                              weight_decay)
+    optimizers['aux'] = make_optimizers(nets.aux, aux_muon, aux_lr, betas, momentum=aux_momentum)
+    optimizers['disc'] = make_optimizers(nets.disc, disc_muon, disc_lr, (0.9, 0.99))
+
+    # Resume
     step, smooth = 0, {}
     if resume:
         state = load_resumed(out, stage, config)
@@ -449,84 +503,81 @@ if __name__ == '__main__':
         restore(nets.disc, state['disc'], out, 'disc')
         restore_optimizers(optimizers, state['optimizers'], out)
         set_rates(optimizers['disc'], 1)               # the others' follow in every update
-        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
+        step = state['step']
+        smooth = {key: value.to(run.device) for key, value in state['smooth'].items()}
     same_weights(nets.generator, nets.generator_ema, nets.aux, nets.disc)
     if compile:
         compile_blocks(nets.teacher, nets.generator, nets.aux)
 
-    # Load the real images
-    if untrained:
-        ids = torch.randint(min(nets.teacher.V, len(loaded.words)), (64, nets.teacher.N + 1), generator=rng_for(seed, 0))
-        dataset = ids.numpy()
-    else:
-        size, n_images = loaded.tokenizer.config['image_size'], loaded.config.get('n_images', 0)
-        source = open_data(loaded.data, size, n_images, expected=loaded.words)
-        mirrored = flips or loaded.config.get('flips', False)      # as our teacher was trained
-        dataset = token_data(source, loaded.tokenizer, folder, run.device, flips=mirrored)     # (M, N + T)
-
     # Print the plan
     if run.rank == 0:
-        print(f'generator {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, heads on blocks '
-              f'{layers} {sum(p.numel() for p in nets.disc.parameters()) / 1e6:.2f} M, {len(dataset)} real images')
+        print(f'generator {millions(nets.generator):.2f} M parameters')
         print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
+        print(f'heads {millions(nets.disc):.2f} M parameters, {len(loaded.real)} real images')
     if bench:
         def bench_step():
-            update(nets, optimizers, loaded, dataset, run, step)
+            update(nets, optimizers, loaded, run, step)
         report_bench(bench_step, batch_size, run)
         raise SystemExit
     log = Log(out, step) if run.rank == 0 else None
 
-    # Show the teacher
-    reference = Reference(source, n_reference)
+    # Choose what to show and to measure
+    reference = Reference.of(loaded, n_reference)
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
+    above = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
     if run.rank == 0:
-        teacher_grid, _ = render(teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel), loaded, shown, seed)
+        grid_above, _ = render(above, loaded, shown, seed)
 
-    stop, warned, first_row = Stop(), set(), None
+    # The discriminator alone learns the game first
+    stop = Stop()
     if step == 0 and w_gan:
-        warm_up_heads(nets, optimizers, loaded, dataset, run, stop)
+        warm_up_heads(nets, optimizers, loaded, run, stop)
+
+    warned, first_row = set(), None
     bar = progress(steps, stage, step)
     while True:
         ending = step >= steps or stop.now(step, run.device)
         if run.rank == 0 and (step % save_every == 0 or ending):
+            # Measure
+            if reference:
+                captions, _ = reference.prompts(min(500, n_eval))
+                row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
+                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
+                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
             # Save
+            state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
+            state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())
+            state.update(aux=nets.aux.state_dict(), optimizers=optimizer_states(optimizers))
+            state.update(disc=nets.disc.state_dict())
             if step:
-                save_checkpoint(out, dict(
-                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth, disc=nets.disc.state_dict(),
-                    net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
-                    optimizers=optimizer_states(optimizers)))
+                save_checkpoint(out, state)
             # Show
             grid, _ = render(one_pass, loaded, shown, seed)
             picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([teacher_grid, grid]), shown * 2)
+            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
             bar.write(f'step {step}: grid in {picture}')
-            # Measure
-            captions, _ = reference.prompts(min(500, n_eval))
-            row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-            bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed {row["accuracy"]:.3f} '
-                      f'({row["n"]} images)')
         if ending:
             break
         # -------------------------------------------------------------------------
-        numbers, logits = update(nets, optimizers, loaded, dataset, run, step)
+        numbers, logits = update(nets, optimizers, loaded, run, step)
         smoothed(smooth, numbers, SMOOTHED)
         step += 1
         bar.update()
         # Log
-        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        logging = step % log_every == 0
+        saving = step % save_every == 0 or step == steps
         if run.rank == 0 and (logging or saving):
-            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux'],
-                                    disc_lr=numbers['norm_disc']))
-        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
+            check_finite(step, numbers)
+        if run.rank == 0 and logging:                  # norms: of all processes; the rest: the last
+                                                       # micro-batch of this one
             entropy, top = token_entropy(logits)
             if w_dimo and w_gan:
                 numbers['ratio'] = smooth['grad_gan'] / smooth['grad_dimo']
             numbers['gap'] = relaxation_gap(nets, loaded, loaded.first(250))
             row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
-            bar.set_postfix({k: row[k] for k in ('divergence', 'acc_real', 'acc_fake', 'entropy') if k in row},
-                            refresh=False)
+            bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))
             first_row = first_row or row
             for text in advice(row, first_row) - warned:
@@ -535,11 +586,13 @@ if __name__ == '__main__':
     bar.close()
 
     # Print the table
-    if run.rank == 0 and step >= steps:
+    if run.rank == 0 and step >= steps and reference:
         samplers = {}
-        passes = teacher_passes(nets.teacher, most, teacher_cfg)
-        samplers[f'teacher, {most} steps'] = passes, teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
-        before = f'{start["stage"]} before' if start['stage'] == 'gan' else start['stage']
+        for n in (most,):
+            passes = teacher_passes(nets.teacher, n, teacher_cfg)
+            sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
+            samplers[f'teacher, {n} steps'] = passes, sampler
+        before = 'gan before' if start['stage'] == 'gan' else start['stage']
         start_net = copy_of(loaded.net, start['ema'], first)
         samplers[f'{before}, 1 step'] = 1, student_sampler(start_net, r_init, sigma_init, tau_sample)
         samplers['gan, 1 step'] = 1, one_pass

@@ -40,7 +40,7 @@ n_head = 3             # attention heads; MaskGIT 16
 # training
 steps = 1500           # updates
 batch_size = 64        # images per update, all processes together; MaskGIT 256
-micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 lr = 4e-3              # AdamW on tables, biases and norms, falls to zero along a cosine; MaskGIT 1e-4 on everything
 muon_lr = 0.02         # Muon on the matrices of the trunk: a third of AdamW's steps here; 0 = AdamW only
 weight_decay = 0.01    # on those matrices
@@ -53,13 +53,15 @@ compile = False        # torch.compile the network
 bench = False          # time 20 steps and stop
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    n_images=8, log_every=1, save_every=1, D=1, depth=1, n_head=1, steps=0, batch_size=1, micro_batch=0, lr=0,
-    muon_lr=0, weight_decay=0, schedule=('arccos', 'cosine'), p_full=(0, 1), p_drop=(0, 1), ema_decay=(0, 1))
+    n_images=8, log_every=1, save_every=1, D=1, depth=1, n_head=1, steps=0, batch_size=1,
+    micro_batch=0, lr=0, muon_lr=0, weight_decay=0, schedule=('arccos', 'cosine'), p_full=(0, 1),
+    p_drop=(0, 1), ema_decay=(0, 1))
 # -----------------------------------------------------------------------------
 # The transformer
 
 class Block(nn.Module):
-    """Attention and MLP with residuals, norms before (MaskGIT) or after (MaskBit): (B, L, D) -> (B, L, D)."""
+    """Attention and MLP with residuals, norms before (MaskGIT) or after (MaskBit): (B, L, D) -> (B,
+    L, D)."""
 
     def __init__(self, D, n_head, mlp, post_norm, eps):
         super().__init__()
@@ -68,7 +70,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=eps)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, mlp), nn.GELU(), nn.Linear(mlp, D))
+        wide, narrow = nn.Linear(D, mlp), nn.Linear(mlp, D)
+        self.mlp = nn.Sequential(wide, nn.GELU(), narrow)
 
     def attention(self, x):
         B, L, D = x.shape
@@ -90,12 +93,14 @@ class Block(nn.Module):
 
 
 class MDM(nn.Module):
-    """Masked diffusion transformer over N tokens of V codes, conditioned on T appended words (a class is one word).
+    """Masked diffusion transformer over N tokens of V codes, conditioned on T appended words (a
+    class is one word).
 
-    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias per position. With
-    `bits` it is MaskBit's: a code is `bits` numbers -1/+1, S tokens share one of the L = N / S positions, output table
-    of its own, norms after. `cond` is int64 word ids (B, T), or labels (B,) where T = 1; id n_words means "no word",
-    and a row of only that is the null condition. The mask id is V.
+    The layout is MaskGIT's (Chang et al. 2022, PyTorch reproduction): tied output table and a bias
+    per position. With `bits` it is MaskBit's: a code is `bits` numbers -1/+1, S tokens share one of
+    the L = N / S positions, output table of its own, norms after. `cond` is int64 word ids (B, T),
+    or labels (B,) where T = 1; id n_words means "no word", and a row of only that is the null
+    condition. The mask id is V.
     """
 
     def __init__(self, N, V, D, depth, n_head, n_words, T=1, mlp=0, post_norm=False, eps=1e-5, bits=0, S=1):
@@ -105,7 +110,9 @@ class MDM(nn.Module):
                            post_norm=post_norm, eps=eps, bits=bits, S=S)
         if D % n_head:
             raise ValueError(f'width D = {D} is not a multiple of n_head = {n_head}')
-        self.N, self.L, self.V, self.D, self.mask_id, self.n_words = N, N // S, V, D, V, n_words
+        self.N, self.V, self.D = N, V, D
+        self.L = N // S                                        # positions in the transformer
+        self.mask_id, self.n_words = V, n_words
         self.grid = square_grid(self.L)
         self.law = 'maskbit' if bits else 'maskgit'            # the sampler it was published with
         self.checkpointing = False                             # recompute blocks in backward: less memory
@@ -120,12 +127,16 @@ class MDM(nn.Module):
             self.input_proj = nn.Identity()
             self.bias = nn.Parameter(torch.zeros(N, V))
         self.cond_emb = nn.Embedding(n_words + 1, D)           # words, then "no word"
-        self.first = nn.Sequential(nn.LayerNorm(D, eps=1e-12))
+        self.first = nn.Sequential(norm_of(D))
         if not post_norm:
-            self.first.extend([nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D)])
-        self.blocks = nn.ModuleList([Block(D, n_head, mlp, post_norm, eps) for _ in range(depth)])
-        self.last = nn.Sequential() if post_norm else nn.Sequential(nn.LayerNorm(D, eps=1e-12))
-        self.last.extend([nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12)])
+            self.first.extend([nn.Linear(D, D), nn.GELU(), norm_of(D), nn.Linear(D, D)])
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks.append(Block(D, n_head, mlp, post_norm, eps))
+        self.last = nn.Sequential()
+        if not post_norm:
+            self.last.append(norm_of(D))
+        self.last.extend([nn.Linear(D, D), nn.GELU(), norm_of(D)])
         for name, p in self.named_parameters():
             if p.dim() > 1 and name != 'bias':
                 nn.init.trunc_normal_(p, std=0.02)
@@ -136,9 +147,10 @@ class MDM(nn.Module):
         return self.codes if self.config['bits'] else self.tok_emb.weight
 
     def embed(self, x, mask=None):
-        """Ids (B, N), mask id allowed, or probabilities (B, N, V) -> token embeddings (B, L, D), before positions.
-        Positions where mask (B, N) is True get the mask embedding. Probabilities give the soft embedding, for bits the
-        projection of the expected bits; a one-hot gives exactly the hard one. Raises ValueError for other shapes."""
+        """Ids (B, N), mask id allowed, or probabilities (B, N, V) -> token embeddings (B, L, D),
+        before positions. Positions where mask (B, N) is True get the mask embedding. Probabilities
+        give the soft embedding, for bits the projection of the expected bits; a one-hot gives
+        exactly the hard one. Raises ValueError for other shapes."""
         table = self.table
         if x.is_floating_point():
             if x.shape[1:] != (self.N, self.V):
@@ -151,16 +163,19 @@ class MDM(nn.Module):
                 raise ValueError(f'embed expects ids (B, {self.N}), got {tuple(x.shape)}')
             emb = F.embedding(x, table)                        # (B, N, bits or D)
         if mask is not None:
-            emb = torch.where(mask[..., None], table[self.V].to(emb.dtype), emb)
+            mask_row = table[self.V].to(emb.dtype)
+            emb = torch.where(mask[..., None], mask_row, emb)
         return self.input_proj(emb.reshape(len(x), self.L, -1))      # S tokens side by side: (B, L, D)
 
     def features(self, emb, cond, layers):
-        """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks in `layers`, counted
-        from 1, in that order. For the discriminator heads and the output. Raises ValueError."""
+        """Embeddings (B, L, D) -> hidden states (B, L, D) of the image positions after the blocks
+        in `layers`, counted from 1, in that order. For the discriminator heads and the output.
+        Raises ValueError."""
         if not layers or min(layers) < 1 or max(layers) > len(self.blocks):
             raise ValueError(f'layers {layers}: expected some of the blocks 1 to {len(self.blocks)}')
         words = self.words(cond)                               # (B, T, D)
-        h = self.first(torch.cat([emb, words.to(emb.dtype)], 1) + self.pos_emb)
+        h = torch.cat([emb, words.to(emb.dtype)], 1)
+        h = self.first(h + self.pos_emb)
         h = h.to(self.pos_emb.dtype)                           # (B, L + T, D), not bf16: blocks add up
         states = []
         for block in self.blocks[:max(layers)]:
@@ -172,17 +187,20 @@ class MDM(nn.Module):
         return [states[k - 1] for k in layers]
 
     def forward(self, x, cond, sigma=0.0, rng=None):
-        """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without a mask entry.
-        `sigma` mixes noise into the token embeddings (`add_noise`), not into the condition."""
+        """Ids (B, N), probabilities (B, N, V) or embeddings (B, L, D) -> logits (B, N, V), without
+        a mask entry. `sigma` mixes noise into the token embeddings (`add_noise`), not into the
+        condition."""
         emb = x if self.is_embedding(x) else self.embed(x)
         emb = add_noise(emb, sigma, rng)
-        h = self.last(self.features(emb, cond, [len(self.blocks)])[0])
+        h, = self.features(emb, cond, [len(self.blocks)])
+        h = self.last(h)
         if self.config['bits']:
             return self.output(h).view(len(h), self.N, self.V)
         return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias     # the tied row V, the mask, is dropped
 
     def is_embedding(self, x):
-        """Told from probabilities by the shape; where both have the same by what only probabilities do, sum to 1."""
+        """Told from probabilities by the shape; where both have the same by what only probabilities
+        do, sum to 1."""
         if not x.is_floating_point() or x.shape[1:] != (self.L, self.D):
             return False
         if (self.N, self.V) != (self.L, self.D):
@@ -208,12 +226,16 @@ class MDM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, kind, path, n_head=None, V=None):
-        """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the dict that it holds;
-        path 'random' is the published size with random weights. Sizes are read off the shapes; n_head is the published
-        16 unless given, V (MaskGIT: codes and classes share a table) a guess unless given. Errors: ValueError,
-        FileNotFoundError, one line."""
+        """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the
+        dict that it holds; path 'random' is the published size with random weights. Sizes are read
+        off the shapes; n_head is the published 16 unless given, V (MaskGIT: codes and classes share
+        a table) a guess unless given. Errors: ValueError, FileNotFoundError, one line."""
         from common.teachers import published_transformer
         return published_transformer(kind, path, n_head, V)
+
+
+def norm_of(D):
+    return nn.LayerNorm(D, eps=1e-12)
 
 
 def square_grid(L):
@@ -226,8 +248,8 @@ def square_grid(L):
 # Random numbers
 
 def random_numbers(shape, rng, device, normal=False):
-    """Uniform [0, 1) or normal numbers (B, ...). `rng` is None, one torch.Generator, or a list with one per image,
-    which makes an image independent of the batch it is drawn in."""
+    """Uniform [0, 1) or normal numbers (B, ...). `rng` is None, one torch.Generator, or a list with
+    one per image, which makes an image independent of the batch it is drawn in."""
     noise = torch.randn if normal else torch.rand
     if isinstance(rng, list):
         rows = [noise(shape[1:], generator=one, device=one.device) for one in rng]
@@ -245,7 +267,8 @@ def gumbel_noise(shape, rng, device):
 def categorical(probs, rng=None):
     """One draw per position from probs (B, N, V) by inverting the cumulative sum -> ids (B, N)."""
     total = probs.float().cumsum(-1)
-    u = random_numbers(probs.shape[:2], rng, probs.device) * total[..., -1]
+    u = random_numbers(probs.shape[:2], rng, probs.device)
+    u = u * total[..., -1]
     ids = (total <= u[..., None]).sum(-1)
     return ids.clamp(max=probs.shape[-1] - 1)
 
@@ -260,8 +283,8 @@ def random_positions(shape, count, rng, device):
 # Masking, token initialisation
 
 def mask_ratio(u, schedule='arccos'):
-    """u uniform in [0, 1] -> mask ratio t in [0, 1]: arccos(u) / (pi / 2) (MaskGIT) or cos(pi u / 2) (Meissonic).
-    Raises ValueError for another schedule."""
+    """u uniform in [0, 1] -> mask ratio t in [0, 1]: arccos(u) / (pi / 2) (MaskGIT) or cos(pi u /
+    2) (Meissonic). Raises ValueError for another schedule."""
     if schedule == 'arccos':
         return torch.arccos(u) / (math.pi / 2)
     if schedule == 'cosine':
@@ -270,8 +293,8 @@ def mask_ratio(u, schedule='arccos'):
 
 
 def mask_tokens(tokens, ratio, rng=None):
-    """Which of the tokens (B, N) to mask at ratio t (B,): bool (B, N), exactly max(1, round(t N)) True in each row.
-    x_t = tokens.masked_fill(mask, mask_id)."""
+    """Which of the tokens (B, N) to mask at ratio t (B,): bool (B, N), exactly max(1, round(t N))
+    True in each row. x_t = tokens.masked_fill(mask, mask_id)."""
     N = tokens.shape[1]
     ratio = torch.as_tensor(ratio, device=tokens.device)
     ratio = ratio.to(torch.promote_types(ratio.dtype, torch.float32))    # bf16 counts to 256
@@ -280,9 +303,10 @@ def mask_tokens(tokens, ratio, rng=None):
 
 
 def remask(tokens, mask_id, schedule, rng, p_full=0.0, p_near=0.0):
-    """Forward process on tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule (Di[M]O, arXiv 2503.15457,
-    one-step generator). Ours: with probability p_full everything is masked, where only marginals are judged, and with
-    p_near all but 1 to N / 8 tokens, which shows one object or choice and asks for the others."""
+    """Forward process on tokens (B, N) -> x_t (B, N), mask (B, N) at ratios t ~ schedule (Di[M]O,
+    arXiv 2503.15457, one-step generator). Ours: with probability p_full everything is masked, where
+    only marginals are judged, and with p_near all but 1 to N / 8 tokens, which shows one object or
+    choice and asks for the others."""
     N = tokens.shape[1]
     u, kind = random_numbers((2, len(tokens)), rng, tokens.device)
     t = mask_ratio(u, schedule)
@@ -294,19 +318,21 @@ def remask(tokens, mask_id, schedule, rng, p_full=0.0, p_near=0.0):
 
 
 def init_tokens(B, N, V, r_init, rng=None, device='cpu'):
-    """Generator input x_init (B, N): uniformly random codes, exactly round(r_init N) random positions replaced by
-    the mask id V (Di[M]O, arXiv 2503.15457, token initialisation)."""
-    codes = (random_numbers((B, N), rng, device) * V).long().clamp(max=V - 1)
+    """Generator input x_init (B, N): uniformly random codes, exactly round(r_init N) random
+    positions replaced by the mask id V (Di[M]O, arXiv 2503.15457, token initialisation)."""
+    u = random_numbers((B, N), rng, device)
+    codes = (u * V).long().clamp(max=V - 1)
     hidden = random_positions((B, N), round(r_init * N), rng, device)
     return codes.masked_fill(hidden, V)
 
 
 def add_noise(emb, sigma, rng=None):
-    """sqrt(1 - sigma^2) e + sigma n for embeddings (B, L, D) (Di[M]O, arXiv 2503.15457, token initialisation)."""
+    """sqrt(1 - sigma^2) e + sigma n for embeddings (B, L, D) (Di[M]O, arXiv 2503.15457, token
+    initialisation)."""
     if sigma == 0:
         return emb
-    n = random_numbers(emb.shape, rng, emb.device, normal=True)
-    return math.sqrt(1 - sigma ** 2) * emb + sigma * n.to(emb.dtype)
+    n = random_numbers(emb.shape, rng, emb.device, normal=True).to(emb.dtype)
+    return math.sqrt(1 - sigma ** 2) * emb + sigma * n
 
 
 # -----------------------------------------------------------------------------
@@ -325,7 +351,8 @@ def both(cond, null):
 
 
 def guided_logits(model, x, cond, cfg_scale):
-    """u + s (c - u), both halves in one batch: x (B, N) -> logits (B, N, V). s = 1 needs no second half."""
+    """u + s (c - u), both halves in one batch: x (B, N) -> logits (B, N, V). s = 1 needs no second
+    half."""
     if cfg_scale == 1:
         return model(x, cond)
     logits = model(torch.cat([x, x]), both(cond, model.null(cond)))
@@ -341,12 +368,14 @@ Plan = namedtuple('Plan', 'counts guidance noise')             # per step: token
 
 
 def reveal_counts(steps, N):
-    """MaskGIT's arccos schedule: how many tokens each of the sampling steps reveals, at least 1, N in all."""
+    """MaskGIT's arccos schedule: how many tokens each of the sampling steps reveals, at least 1, N
+    in all."""
     if not 1 <= steps <= N:
         raise ValueError(f'steps must lie in 1..{N} (the number of tokens), got {steps}')
     if steps == 1:
         return [N]
-    v = torch.arccos(1 - torch.arange(steps) / (steps - 1)) / (math.pi / 2)
+    progress = torch.arange(steps) / (steps - 1)
+    v = torch.arccos(1 - progress) / (math.pi / 2)
     counts = (v / v.sum() * N).round().clamp(min=1).long().tolist()
     counts[-1] += N - sum(counts)
     while counts[-1] < 1:                                      # only with nearly as many steps as tokens
@@ -356,8 +385,8 @@ def reveal_counts(steps, N):
 
 
 def counts_of(wanted, N):
-    """Tokens to reveal per step, from the wanted number still masked after each step but the last: at least 1 and
-    fewer than before; none at the end."""
+    """Tokens to reveal per step, from the wanted number still masked after each step but the last:
+    at least 1 and fewer than before; none at the end."""
     masked = [N]
     for number in wanted:
         masked.append(min(max(1, number), masked[-1] - 1))
@@ -366,9 +395,10 @@ def counts_of(wanted, N):
 
 
 def sampling_plan(steps, N, law='maskgit', power=3.0):
-    """The published samplers in numbers per step -> Plan. maskgit: `reveal_counts`, j / (n - 1), 1 - j / (n - 1).
-    maskbit, with q = (j + 1) / n: floor(N arccos(q) / (pi / 2)) stay masked, (1 - cos(pi (j / n)^power)) / 2, 1 - q.
-    Raises ValueError for another law or more steps than tokens."""
+    """The published samplers in numbers per step -> Plan. maskgit: `reveal_counts`, j / (n - 1),
+    1 - j / (n - 1). maskbit, with q = (j + 1) / n: floor(N arccos(q) / (pi / 2)) stay masked, (1
+    - cos(pi (j / n)^power)) / 2, 1 - q. Raises ValueError for another law or more steps than
+    tokens."""
     counts = reveal_counts(steps, N)
     j = torch.arange(steps)                                    # ratios in float32, as published
     if law == 'maskgit':
@@ -376,9 +406,10 @@ def sampling_plan(steps, N, law='maskgit', power=3.0):
         return Plan(counts, ramp.tolist(), (1 - ramp).tolist())
     if law == 'maskbit':
         q = (j + 1) / steps
-        wanted = (N * mask_ratio(q[:-1]).clamp(1e-6, 1)).floor().int().tolist()
+        ratio = mask_ratio(q[:-1]).clamp(1e-6, 1)
+        wanted = (N * ratio).floor().int()
         share = (1 - torch.cos(math.pi * (j / steps) ** power)) / 2
-        return Plan(counts_of(wanted, N), share.tolist(), (1 - q).tolist())
+        return Plan(counts_of(wanted.tolist(), N), share.tolist(), (1 - q).tolist())
     raise ValueError(f'unknown law {law!r} of the sampler; expected maskgit or maskbit')
 
 
@@ -388,16 +419,19 @@ def guidance_at(share, cfg_scale):
 
 
 def teacher_passes(model, steps, cfg_scale, law='', power=3.0):
-    """Network passes of `sample_teacher`: guidance doubles the steps where it is not 1, as it is at the first."""
+    """Network passes of `sample_teacher`: guidance doubles the steps where it is not 1, as it is at
+    the first."""
     plan = sampling_plan(steps, model.N, law or model.law, power)
     guided = [guidance_at(share, cfg_scale) != 1 for share in plan.guidance]
     return steps + sum(guided)
 
 
 def filter_probs(probs, top_k=0, top_p=0.0):
-    """Keep the top_k likeliest codes (0: all) and the smallest set of total probability >= top_p (0: all)."""
+    """Keep the top_k likeliest codes (0: all) and the smallest set of total probability >= top_p
+    (0: all)."""
     if top_k:
-        least = probs.topk(min(top_k, probs.shape[-1])).values[..., -1:]
+        top_k = min(top_k, probs.shape[-1])
+        least = probs.topk(top_k).values[..., -1:]
         probs = probs * (probs >= least)
     if top_p:
         ordered, index = probs.sort(descending=True)
@@ -410,10 +444,11 @@ def filter_probs(probs, top_k=0, top_p=0.0):
 @torch.no_grad()
 def sample_teacher(model, cond, steps, cfg_scale=1.5, gumbel=8.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
                    power=3.0):
-    """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1 + (s - 1) share; one
-    draw per position from softmax(logits / tau); confidence log p + gumbel share g; the most confident are revealed
-    and stay. `law` '' is the model's own. Published: MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64
-    steps, cfg_scale 8.1, gumbel 7.8, power 3."""
+    """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1
+    + (s - 1) share; one draw per position from softmax(logits / tau); confidence log p + gumbel
+    share g; the most confident are revealed and stay. `law` '' is the model's own. Published:
+    MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64 steps, cfg_scale 8.1, gumbel
+    7.8, power 3."""
     device = next(model.parameters()).device
     x = torch.full((batch_of(cond), model.N), model.mask_id, device=device)
     plan = sampling_plan(steps, model.N, law or model.law, power)
@@ -440,7 +475,8 @@ def teacher_sampler(teacher, steps, cfg_scale, gumbel):
 # The one-step generator
 
 def start_embedding(generator, B, r_init, sigma_init, rng=None):
-    """What the generator starts from: x_init embedded, plus noise -> (B, L, D) (Di[M]O, token initialisation)."""
+    """What the generator starts from: x_init embedded, plus noise -> (B, L, D) (Di[M]O, token
+    initialisation)."""
     device = next(generator.parameters()).device
     x_init = init_tokens(B, generator.N, generator.V, r_init, rng, device)
     return add_noise(generator.embed(x_init), sigma_init, rng)
@@ -448,14 +484,16 @@ def start_embedding(generator, B, r_init, sigma_init, rng=None):
 
 @torch.no_grad()
 def draw_tokens(logits, tau=1.0, rng=None, top_k=0, top_p=0.0):
-    """tokens ~ Categorical(softmax(z / tau)), one draw per position: logits (B, N, V) -> ids (B, N)."""
+    """tokens ~ Categorical(softmax(z / tau)), one draw per position: logits (B, N, V) -> ids (B,
+    N)."""
     probs = (logits.float() / tau).softmax(-1)
     return categorical(filter_probs(probs, top_k, top_p), rng)
 
 
 def one_step(generator, cond, r_init=0.6, sigma=0.1, tau=1.0, rng=None, top_k=0, top_p=0.0):
-    """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V), tokens (B, N).
-    Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step generator)."""
+    """The whole one-step model: z = G(x_init, c), tokens ~ softmax(z / tau) -> logits (B, N, V),
+    tokens (B, N). Gradients flow through the logits only (Di[M]O, arXiv 2503.15457, one-step
+    generator)."""
     emb = start_embedding(generator, batch_of(cond), r_init, sigma, rng)
     logits = generator(emb, cond)
     return logits, draw_tokens(logits, tau, rng, top_k, top_p)
@@ -472,9 +510,10 @@ def student_sampler(generator, r_init, sigma_init, tau_sample, top_k=0, top_p=0.
 # Relaxations: what stands in for sampled tokens where gradients must pass
 
 def relaxed(logits, relax='soft', tau=1.0, rng=None):
-    """A differentiable stand-in for the sampled tokens: logits (B, N, V) -> probabilities (B, N, V) for `MDM.embed`
-    or `Tokenizer.decode`. soft: softmax(z / tau), the expectation (Soft-Di[M]O, arXiv 2509.22925); gumbel: hard
-    Gumbel straight-through; st: a hard sample forward, the softmax backward. Raises ValueError for another word."""
+    """A differentiable stand-in for the sampled tokens: logits (B, N, V) -> probabilities (B, N, V)
+    for `MDM.embed` or `Tokenizer.decode`. soft: softmax(z / tau), the expectation (Soft-Di[M]O,
+    arXiv 2509.22925); gumbel: hard Gumbel straight-through; st: a hard sample forward, the softmax
+    backward. Raises ValueError for another word."""
     if relax not in ('soft', 'gumbel', 'st'):
         raise ValueError(f'unknown relaxation {relax!r}; expected soft, gumbel or st')
     z = logits.float() / tau
@@ -489,9 +528,10 @@ def relaxed(logits, relax='soft', tau=1.0, rng=None):
 
 @torch.no_grad()
 def relaxation_bias(f, probs, table, rng=None, samples=32):
-    """What soft embeddings cost: |f(E[e]) - E[f(e)]| and its bound (Lip / 2) tr Cov(e) (Soft-Di[M]O, arXiv 2509.22925).
-    f: embeddings (B, N, d) -> (B, ...); probs (B, N, V); table (V, d) -> bias, bound, tr Cov(e), each (B,).
-    Lip, the Lipschitz constant of f's gradient, is the largest found on the segments from E[e] to `samples` draws."""
+    """What soft embeddings cost: |f(E[e]) - E[f(e)]| and its bound (Lip / 2) tr Cov(e)
+    (Soft-Di[M]O, arXiv 2509.22925). f: embeddings (B, N, d) -> (B, ...); probs (B, N, V); table (V,
+    d) -> bias, bound, tr Cov(e), each (B,). Lip, the Lipschitz constant of f's gradient, is the
+    largest found on the segments from E[e] to `samples` draws."""
     mean = probs @ table                                       # E[e], (B, N, d)
     second_moment = probs @ table.square().sum(1)              # E|e|^2, (B, N)
     trace = (second_moment - mean.square().sum(-1)).sum(-1)    # tr Cov(e), (B,)
@@ -499,10 +539,12 @@ def relaxation_bias(f, probs, table, rng=None, samples=32):
     bias, lip, h = 0, torch.zeros_like(trace), 1e-2
     for _ in range(samples):
         d = table[categorical(probs, rng)] - mean
-        slope = (f(mean + h * d) - f(mean - h * d)).flatten(1) / (2 * h)     # J d, whose expectation is 0
+        difference = f(mean + h * d) - f(mean - h * d)
+        slope = difference.flatten(1) / (2 * h)                # J d, whose expectation is 0
         rest = f(mean + d).flatten(1) - at_mean - slope        # Taylor's remainder, <= Lip / 2 |d|^2
         bias = bias + rest / samples
-        lip = torch.maximum(lip, 2 * rest.norm(dim=1) / d.square().sum((1, 2)))
+        curvature = 2 * rest.norm(dim=1) / d.square().sum((1, 2))
+        lip = torch.maximum(lip, curvature)
     return bias.norm(dim=1), lip / 2 * trace, trace
 
 
@@ -517,8 +559,9 @@ def log_probs(logits):
 
 
 def jeffreys(teacher_logits, aux_logits, mask, beta):
-    """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher), summed over masked
-    positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative (Di[M]O, arXiv 2503.15457)."""
+    """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher),
+    summed over masked positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative
+    (Di[M]O, arXiv 2503.15457)."""
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     forward = (log_p.exp() * (log_p - log_q)).sum(-1)          # KL(teacher || aux), (B, N)
     reverse = (log_q.exp() * (log_q - log_p)).sum(-1)          # KL(aux || teacher)
@@ -526,29 +569,33 @@ def jeffreys(teacher_logits, aux_logits, mask, beta):
 
 
 def dimo_grad(teacher_logits, aux_logits, mask, beta):
-    """Gradient of `jeffreys` with respect to the auxiliary logits, in closed form: (B, N, V), zero where not masked.
-    Forward part p_aux - p_teacher; reverse part p_aux (log p_aux - log p_teacher - KL(aux || teacher))."""
+    """Gradient of `jeffreys` with respect to the auxiliary logits, in closed form: (B, N, V), zero
+    where not masked. Forward part p_aux - p_teacher; reverse part p_aux (log p_aux - log p_teacher
+    - KL(aux || teacher))."""
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     q, gap = log_q.exp(), log_q - log_p
     kl = (q * gap).sum(-1, keepdim=True)                       # KL(aux || teacher), (B, N, 1)
+    forward = q - log_p.exp()
     reverse = q * (gap - kl)
-    return ((1 - beta) * (q - log_p.exp()) + beta * reverse) * mask[..., None]
+    return ((1 - beta) * forward + beta * reverse) * mask[..., None]
 
 
 def surrogate(logits, grad):
-    """A loss whose gradient at the generator's logits z is `grad` / B; its *value* means nothing (log `jeffreys`).
-    Summed over positions and codes, as in the released code."""
+    """A loss whose gradient at the generator's logits z is `grad` / B; its *value* means nothing
+    (log `jeffreys`). Summed over positions and codes, as in the released code."""
     return (logits.float() * grad.detach()).sum() / len(logits)
 
 
 def aux_loss(aux_logits, tokens, mask, label_smoothing=0.0):
-    """Cross-entropy of logits (B, N, V) on tokens (B, N) at masked positions. The auxiliary model learns by it to be
-    the generator's own masked diffusion model (Di[M]O, arXiv 2503.15457, auxiliary update), the teacher the data's."""
+    """Cross-entropy of logits (B, N, V) on tokens (B, N) at masked positions. The auxiliary model
+    learns by it to be the generator's own masked diffusion model (Di[M]O, arXiv 2503.15457,
+    auxiliary update), the teacher the data's."""
     return F.cross_entropy(aux_logits[mask].float(), tokens[mask], label_smoothing=label_smoothing)
 
 
 def token_entropy(logits):
-    """Mean entropy in nats and mean largest probability of softmax(logits): how peaked the generator is."""
+    """Mean entropy in nats and mean largest probability of softmax(logits): how peaked the
+    generator is."""
     log_p = log_probs(logits.detach())
     entropy = -(log_p.exp() * log_p).sum(-1).mean()
     return entropy, log_p.max(-1).values.exp().mean()
@@ -565,10 +612,10 @@ if __name__ == '__main__':
 
     from common.files import (load_checkpoint, load_resumed, optimizer_states, restore, restore_optimizers,
                               save_checkpoint)
-    from common.images import draw_real, open_data, save_grid, token_data, word_encoder
+    from common.images import TokenData, open_data, save_grid, token_data, word_encoder
     from common.metrics import render
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
-                            micro_rng, progress, report_bench, same_weights, set_rates, start_run, take_step)
+                            micro_rng, millions, progress, report_bench, same_weights, set_rates, start_run, take_step)
     from tokenizer import Tokenizer
 
     config = configure(globals())
@@ -581,12 +628,15 @@ if __name__ == '__main__':
     source = open_data(data, tokenizer.config['image_size'], n_images)
     if packed['config']['data'] != data and run.rank == 0:
         print(f'note: {tokenizer_path} was trained on {packed["config"]["data"]}, not on {data}')
-    dataset = token_data(source, tokenizer, out_dir, run.device, flips=flips)      # (M, N + T)
+    table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
+    dataset = TokenData(table, tokenizer.N, source.words)
     words, T = list(source.words), source.caption_length
+    prompt_ids = torch.from_numpy(np.array(table[:, tokenizer.N:])).short()        # (M, T)
 
     # Build the network, its average and the optimizers
     torch.manual_seed(seed)
-    net = MDM(tokenizer.N, tokenizer.V, D, depth, n_head, len(words), T).to(run.device)
+    net = MDM(tokenizer.N, tokenizer.V, D, depth, n_head, len(words), T)
+    net.to(run.device)
     optimizers = dict(net=make_optimizers(net, muon_lr, lr, (0.9, 0.98), weight_decay))
     same_weights(net)
     average = MDM(**net.config).to(run.device).requires_grad_(False)
@@ -606,7 +656,7 @@ if __name__ == '__main__':
         net.zero_grad()
         for k in range(run.accumulate):
             rng = micro_rng(seed, step, k, run)
-            tokens, cond = draw_real(dataset, net.N, run, rng)
+            tokens, cond = dataset.draw_ids(run, rng)
             dropped = random_numbers((run.micro, 1), rng, run.device) < p_drop
             cond = torch.where(dropped, net.null(cond), cond)
             x_t, mask = remask(tokens, net.mask_id, schedule, rng, p_full)
@@ -618,8 +668,8 @@ if __name__ == '__main__':
 
     # Print the plan
     if run.rank == 0:
-        print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images, {net.N} '
-              f'tokens and {T} words, {steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
+        print(f'{millions(net):.2f} M parameters, {len(dataset)} images, {net.N} tokens and {T} words')
+        print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
     if bench:
         report_bench(update, batch_size, run)
         raise SystemExit
@@ -634,10 +684,11 @@ if __name__ == '__main__':
         ending = step >= steps or stop.now(step, run.device)
         if run.rank == 0 and (step % save_every == 0 or ending):
             if step:
-                save_checkpoint(out, dict(
-                    stage='model', step=step, config=config, args=net.config, words=words, data=data, smooth=smooth,
-                    net=net.state_dict(), ema=average.state_dict(), optimizers=optimizer_states(optimizers),
-                    tokenizer=tokenizer.pack(), prompts=torch.from_numpy(np.array(dataset[:, net.N:])).short()))
+                state = dict(stage='model', step=step, config=config, smooth=smooth)
+                state.update(args=net.config, words=words, data=data, prompts=prompt_ids)
+                state.update(net=net.state_dict(), ema=average.state_dict(), tokenizer=tokenizer.pack())
+                state.update(optimizers=optimizer_states(optimizers))
+                save_checkpoint(out, state)
             pictures, _ = render(sampler, loaded, shown, seed)
             save_grid(f'{out_dir}/model.png', pictures, shown)
         if ending:
@@ -649,9 +700,10 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         # Log
-        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        logging = step % log_every == 0
+        saving = step % save_every == 0 or step == steps
         if run.rank == 0 and (logging or saving):
-            check_finite(step, dict(lr=norm))
+            check_finite(step, dict(norm=norm))
         if run.rank == 0 and logging:
             row = dict(step=step, loss=round(smooth.item(), 4), norm=round(norm.item(), 4))
             bar.set_postfix(row, refresh=False)

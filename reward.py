@@ -19,15 +19,14 @@ import os
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, save_checkpoint, settings_of)
-from common.images import open_data, save_grid
+from common.images import save_grid
 from common.metrics import final_table, render
 from common.rewards import Judged, load_rewards, make_rewards, reward_sum, world_reward
-from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
-                        make_optimizers, micro_rng, out_folder, progress, rate_law,
+from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,
+                        make_optimizers, micro_rng, millions, out_folder, progress, rate_law,
                         report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
 from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
@@ -72,7 +71,7 @@ n_wrong = 6            # wrong captions per image: one fact changed
 # Di[M]O
 steps = 400            # generator updates
 batch_size = 32        # images per update, all processes together; paper 64
-micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 generator_lr = 1e-4    # Adam; paper 1e-5 on everything
 aux_lr = 5e-4          # Adam; the auxiliary model must follow the generator; paper 1e-5 on everything
 generator_muon = 0.002  # Muon on the matrices of the trunk; 0 = Adam on everything, as in the paper
@@ -80,6 +79,7 @@ aux_muon = 0.01        # the same for the auxiliary model
 aux_momentum = 0.8     # its Muon's, as in distill.py
 beta1 = 0.9            # Adam
 beta2 = 0.99           # Adam; paper .999
+weight_decay = 0.0     # of the generator; paper 0
 warmup = 25            # steps of linear warm-up; paper 100
 cooldown = 0.8         # last share of the steps over which the rates fall to 5 %; paper 0
 clip = 1.0             # largest gradient norm, each network, 0 = none; paper 1
@@ -102,6 +102,7 @@ teacher_cfg = 1.5      # guidance at the last step, rising from 1
 teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
+grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 
 # What --teacher=NAME changes: the paper's rewards are for text; for classes only the rates of its other stages
@@ -119,22 +120,23 @@ INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teac
              'freeze_tables')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4, steps=0, batch_size=1,
-    micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0, aux_momentum=(0, 1), beta1=(0, 0.999999),
-    beta2=(0, 0.999999), warmup=0, cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
-    tau_sample=1e-6, p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
-    ema_decay=(0, 1), teacher_steps=1,
-    relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0, image_clip=0, reward_steps=0, reward_batch=2,
-    reward_lr=0, n_wrong=1)
+    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
+    aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
+    cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
+    p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
+    ema_decay=(0, 1), teacher_steps=1, relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0,
+    image_clip=0, reward_steps=0, reward_batch=2, reward_lr=0, n_wrong=1)
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
 SMOOTHED = ('aux_loss', 'grad_dimo', 'grad_reward')    # logged as running means
+SHOWN = ('reward', 'held_out', 'entropy')              # beside the progress bar
 
 
 def draw_batch(nets, loaded, run, rng):
-    """Training captions, and what the generator makes of them -> captions, cond, its input emb (B, L, D), which gets
-    a gradient, logits (B, N, V), tokens (B, N): `one_step` with emb at hand."""
+    """Training captions, and what the generator makes of them -> captions, cond, its input emb (B,
+    L, D), which gets a gradient, logits (B, N, V), tokens (B, N): `one_step` with emb at hand."""
     index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
     captions = [loaded.prompts[k] for k in index.tolist()]
     cond = loaded.encode(captions)
@@ -147,8 +149,9 @@ def draw_batch(nets, loaded, run, rng):
 
 
 def dimo_gradient(nets, x_t, mask, cond):
-    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the auxiliary logits, whose
-    graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator update)."""
+    """dD/dz at the re-masked sample x_t (B, N), with mask (B, N) -> gradient (B, N, V), and the
+    auxiliary logits, whose graph aux_loss still needs (Di[M]O, arXiv 2503.15457, generator
+    update)."""
     with torch.no_grad():
         teacher_logits = guided_logits(nets.teacher, x_t, cond, cfg_scale)
     aux_logits = nets.aux(x_t, cond)
@@ -164,8 +167,9 @@ def divergence(nets, x_t, mask, cond):
 
 
 def reward_gradient(logits, captions, tokenizer, rewards, rng, weight=1.0):
-    """d(- sum_i w_i R_i(decode(softmax(z / tau)), prompt)) / dz, per image (Soft-Di[M]O, arXiv 2509.22925, rewards)
-    -> gradient (B, N, V) in float32, down to z only; the images (B, 3, H, W)."""
+    """d(- sum_i w_i R_i(decode(softmax(z / tau)), prompt)) / dz, per image (Soft-Di[M]O, arXiv
+    2509.22925, rewards) -> gradient (B, N, V) in float32, down to z only; the images (B, 3, H,
+    W)."""
     z = logits.detach().float().requires_grad_()
     images = tokenizer.decode(relaxed(z, relax, tau, rng), captions)
     loss = -reward_sum(rewards, images, captions).sum() * weight
@@ -174,8 +178,9 @@ def reward_gradient(logits, captions, tokenizer, rewards, rng, weight=1.0):
 
 
 def limit_images(emb, logits, grad):
-    """An image between two modes has a gradient hundreds of times larger than the median; no image may dominate
-    -> grad (B, N, V) with at most image_clip per image at the generator's input emb, share of the limited images."""
+    """An image between two modes has a gradient hundreds of times larger than the median; no image
+    may dominate -> grad (B, N, V) with at most image_clip per image at the generator's input emb,
+    share of the limited images."""
     loss = surrogate(logits, grad) * len(logits)
     loss.backward(inputs=[emb], retain_graph=True)
     size = emb.grad.flatten(1).norm(dim=1)             # (B,)
@@ -183,10 +188,12 @@ def limit_images(emb, logits, grad):
     return grad * factor[:, None, None], (size > image_clip).float().mean()
 
 
-def update(nets, optimizers, loaded, rewards, run, step):
-    """One step: reward and Di[M]O gradients at the logits, auxiliary update -> numbers for the log, logits (B, N, V),
-    images, captions."""
+def update(nets, optimizers, loaded, run, step):
+    """One step: reward and Di[M]O gradients at the logits, auxiliary update -> numbers for the log,
+    logits (B, N, V), images, captions."""
+    # Set the learning rates
     set_rates(optimizers['generator'] + optimizers['aux'], rate_law(step, steps, warmup, cooldown))
+    # Accumulate gradients
     nets.generator.zero_grad()
     nets.aux.zero_grad()
     numbers = {}
@@ -195,7 +202,8 @@ def update(nets, optimizers, loaded, rewards, run, step):
         captions, cond, emb, logits, tokens = draw_batch(nets, loaded, run, rng)
         # Rewards, whose weights rise over the ramp
         weight = min(1, (step + 1) / max(1, ramp * steps))
-        reward_grad, images = reward_gradient(logits, captions, loaded.tokenizer, rewards, rng, weight)
+        reward_grad, images = reward_gradient(logits, captions, loaded.tokenizer, loaded.rewards, rng,
+                                              weight)
         grad = torch.zeros_like(reward_grad)
         # Di[M]O: the regulariser, and the auxiliary model's own loss
         if w_dimo:
@@ -210,13 +218,16 @@ def update(nets, optimizers, loaded, rewards, run, step):
         if image_clip:
             total, numbers['clipped_images'] = limit_images(emb, logits, total)
         surrogate(logits, total).backward()
+    # Look at the divergence
     if w_dimo and (step + 1) % log_every == 0:
         with run.autocast:
             numbers['divergence'] = divergence(nets, x_t, mask, cond)
+    # Update weights
     numbers.update(norm_generator=take_step(nets.generator, optimizers['generator'], run, clip),
                    norm_aux=torch.zeros(()))
     if w_dimo:
         numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    # Update the average
     ema_update(nets.generator_ema, nets.generator, ema_decay, step)
     numbers.update(grad_dimo=grad.norm() / run.micro, grad_reward=reward_grad.norm() / run.micro)    # before image_clip
     return numbers, logits.detach(), images, captions
@@ -230,13 +241,44 @@ def has_turned(held, patience):
     return since_best >= patience
 
 
+MEASURED = ('reward', 'held_out', 'accuracy', 'toy_fd')
+
+
+def is_measured(history, step):
+    return any(row['step'] == step for row in history)
+
+
+def held_out_of(row):
+    return row['held_out']
+
+
 def start_path(settings):
     return settings['init'] or os.path.join(out_folder(settings['out_dir'], settings['teacher']), 'distill.pt')
 
 
 def handed_on(settings, given):
-    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts from."""
+    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts
+    from."""
     return settings_of(start_path(settings), INHERITED)
+
+
+def load_start(folder, run):
+    """-> the teacher with what surrounds it, the rewards too; the checkpoint that generator and
+    auxiliary model start from; its file."""
+    first = start_path(globals())
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
+    start = load_checkpoint(first, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    if not start['data']:
+        raise ValueError(f'{first}: was made without data; reward.py is for the shapes world and image folders')
+    loaded = load_teacher(teacher, path, tokenizer_path, start['data'], teacher_heads, run.device)
+    same_tokens(loaded, start, first)
+    world_file = os.path.join(folder, 'rewards.pt')
+    make_rewards(world_file, loaded, globals(), run)
+    loaded.rewards = load_rewards(globals(), world_file, run.device)
+    if not loaded.rewards:
+        raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
+    loaded.held_out = world_reward(world_file, 'held_out', run.device)
+    return loaded, start, first
 
 
 # -----------------------------------------------------------------------------
@@ -246,38 +288,26 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'reward', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
-
-    # Load the generator to start from, and its teacher
-    first = start_path(config)
-    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
-    start = load_checkpoint(first, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
-    if os.path.abspath(first) == os.path.abspath(out):
-        raise ValueError(f'--init={first} would be overwritten; choose another --out_dir')
-    if not start['data']:
-        raise ValueError(f'{first}: was made without data; reward.py is for the shapes world and image folders')
-    loaded = load_teacher(teacher, path, tokenizer_path, start['data'], teacher_heads, run.device)
-    same_tokens(loaded, start, first)
-
-    # Load the rewards: the optimised ones and the held-out one
-    world_file = os.path.join(folder, 'rewards.pt')
-    source = open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
-    make_rewards(world_file, loaded, source, config, run)
-    rewards = load_rewards(config, world_file, run.device)
-    if not rewards:
-        raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
-    held_out = world_reward(world_file, 'held_out', run.device)
+    if os.path.abspath(start_path(config)) == os.path.abspath(out):
+        raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
+    loaded, start, first = load_start(folder, run)
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables)
+    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
     nets.generator_ema = copy_of(loaded.net, start['ema'], first)
-    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables)
+    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
+    start_net = copy_of(loaded.net, start['ema'], first)
 
     # Build the optimizers
-    optimizers = dict(
-        generator=make_optimizers(nets.generator, generator_muon, generator_lr, (beta1, beta2)),
-        aux=make_optimizers(nets.aux, aux_muon, aux_lr, (beta1, beta2), momentum=aux_momentum))
-    step, smooth, history, best = 0, {}, [], {}
+    optimizers, betas = {}, (beta1, beta2)
+    optimizers['generator'] = make_optimizers(nets.generator, generator_muon, generator_lr, betas,
+                                              weight_decay)
+    optimizers['aux'] = make_optimizers(nets.aux, aux_muon, aux_lr, betas, momentum=aux_momentum)
+
+    # Resume
+    step, smooth = 0, {}
+    history, best = [], {}                             # measurements; the average at its best one
     if resume:
         state = load_resumed(out, stage, config)
         same_tokens(loaded, state, out)
@@ -285,7 +315,8 @@ if __name__ == '__main__':
         restore(nets.generator_ema, state['average'], out, 'average')
         restore(nets.aux, state['aux'], out, 'aux')
         restore_optimizers(optimizers, state['optimizers'], out)
-        step, smooth = state['step'], {k: v.to(run.device) for k, v in state['smooth'].items()}
+        step = state['step']
+        smooth = {key: value.to(run.device) for key, value in state['smooth'].items()}
         history, best = state['history'], state['ema']
     same_weights(nets.generator, nets.generator_ema, nets.aux)
     if compile:
@@ -293,75 +324,75 @@ if __name__ == '__main__':
 
     # Print the plan
     if run.rank == 0:
-        print(f'3 x {sum(p.numel() for p in nets.generator.parameters()) / 1e6:.2f} M parameters, {steps} updates of '
-              f'{batch_size} = {run.world} x {run.accumulate} x {run.micro}')
-        weights = ' + '.join(f'{weight:g} {name}' for name, (weight, _) in rewards.items())
+        print(f'generator {millions(nets.generator):.2f} M parameters')
+        print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
+        weights = ' + '.join(f'{weight:g} {name}' for name, (weight, _) in loaded.rewards.items())
         print(f'rewards {weights} ({relax}), Di[M]O {w_dimo:g}, from {first}')
     if bench:
         def bench_step():
-            update(nets, optimizers, loaded, rewards, run, step)
+            update(nets, optimizers, loaded, run, step)
         report_bench(bench_step, batch_size, run)
         raise SystemExit
     log = Log(out, step) if run.rank == 0 else None
 
-    # Show the start
-    reference = Judged(source, n_reference, rewards, held_out, run.device)
+    # Choose what to show and to measure
+    reference = Judged.of(loaded, n_reference)
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
-    start_net = copy_of(loaded.net, start['ema'], first)
-    at_start = student_sampler(start_net, r_init, sigma_init, tau_sample)
+    above = student_sampler(start_net, r_init, sigma_init, tau_sample)
     if run.rank == 0:
-        start_grid, _ = render(at_start, loaded, shown, seed)
+        grid_above, _ = render(above, loaded, shown, seed)
 
-    bar, stop = progress(steps, stage, step), Stop()
+    turned = False
+    stop = Stop()
+    bar = progress(steps, stage, step)
     while True:
         ending = step >= steps or stop.now(step, run.device)
         if run.rank == 0 and (step % save_every == 0 or ending):
-            # Measure, keep the best by held-out reward
-            measured = [row['step'] for row in history]
-            if step not in measured and (step % save_every == 0 or step >= steps):
+            # Measure
+            if not is_measured(history, step) and (step % save_every == 0 or step >= steps):
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                row = dict(step=step, **{k: row[k] for k in ('reward', 'held_out', 'accuracy', 'toy_fd')})
+                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
+                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+                # Keep the best by held-out reward
                 if not history or not patience or row['held_out'] > max(h['held_out'] for h in history):
-                    best = {k: v.clone() for k, v in nets.generator_ema.state_dict().items()}
-                history.append(row)
-                bar.write('step {step}: reward {reward:.3f}, held-out {held_out:.3f}, prompt followed {accuracy:.3f}, '
-                          'toy FD {toy_fd:.2f}'.format(**row))
+                    best = {key: value.clone() for key, value in nets.generator_ema.state_dict().items()}
+                bar.write(f'step {step}: reward {row["reward"]:.3f}, held-out {row["held_out"]:.3f}')
+                history.append(dict(step=step, **{key: row[key] for key in MEASURED}))
             # Save
+            state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
+            state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())
+            state.update(aux=nets.aux.state_dict(), optimizers=optimizer_states(optimizers))
+            state.update(ema=best, average=nets.generator_ema.state_dict(), history=history)
             if step:
-                save_checkpoint(out, dict(
-                    loaded.pack(), stage=stage, step=step, config=config, smooth=smooth, history=history,
-                    net=nets.generator.state_dict(), ema=best,     # the average at its best measurement
-                    average=nets.generator_ema.state_dict(), aux=nets.aux.state_dict(),
-                    optimizers=optimizer_states(optimizers)))
+                save_checkpoint(out, state)
             # Show
             grid, _ = render(one_pass, loaded, shown, seed)
             picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([start_grid, grid]), shown * 2)
-        # Stop where the held-out reward has turned
-        turned = has_turned([row['held_out'] for row in history], patience)
-        if run.world > 1 and step % save_every == 0:
-            flag = torch.tensor(float(turned), device=run.device)
-            dist.broadcast(flag, 0)
-            turned = bool(flag)
+            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
+            bar.write(f'step {step}: grid in {picture}')
+            turned = has_turned([row['held_out'] for row in history], patience)
+        turned = agreed(turned, step % save_every == 0, run)
         if ending or turned:
             break
         # -------------------------------------------------------------------------
-        numbers, logits, images, captions = update(nets, optimizers, loaded, rewards, run, step)
+        numbers, logits, images, captions = update(nets, optimizers, loaded, run, step)
         smoothed(smooth, numbers, SMOOTHED)
         step += 1
         bar.update()
         # Log
-        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        logging = step % log_every == 0
+        saving = step % save_every == 0 or step == steps
         if run.rank == 0 and (logging or saving):
-            check_finite(step, dict(generator_lr=numbers['norm_generator'], aux_lr=numbers['norm_aux']))
-        if run.rank == 0 and logging:                  # norms are of all processes, the rest of the last micro-batch
+            check_finite(step, numbers)
+        if run.rank == 0 and logging:                  # norms: of all processes; the rest: the last
+                                                       # micro-batch of this one
             entropy, top = token_entropy(logits)
-            row = rounded({**numbers, **smooth, **reference.judge(images, captions), 'entropy': entropy,
-                           'max_prob': top, 'toy_fd': history[-1]['toy_fd']})
-            bar.set_postfix({k: row[k] for k in ('reward', 'held_out', 'entropy')}, refresh=False)
+            numbers.update(reference.judge(images, captions), toy_fd=history[-1]['toy_fd'])
+            row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
+            bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))
     bar.close()
 
@@ -369,12 +400,14 @@ if __name__ == '__main__':
     if run.rank == 0 and (step >= steps or turned):
         restore(nets.generator_ema, best, out, 'ema')
         if patience:
-            kept = max(history, key=lambda row: row['held_out'])['step']
+            kept = max(history, key=held_out_of)['step']
             print(f'kept: step {kept}, where the held-out reward was highest; stopped at {step}')
         samplers = {}
-        passes = teacher_passes(nets.teacher, most, teacher_cfg)
-        samplers[f'teacher, {most} steps'] = passes, teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
-        samplers[f'start, {start["stage"]}'] = 1, at_start
+        for n in (most,):
+            passes = teacher_passes(nets.teacher, n, teacher_cfg)
+            sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
+            samplers[f'teacher, {n} steps'] = passes, sampler
+        samplers[f'start, {start["stage"]}'] = 1, above
         samplers['rewarded, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
     end_run()

@@ -73,14 +73,18 @@ RECIPES = {'maskgit': dict(steps=8, cfg_scale=4.0, gumbel=4.5, batch=64),
 INHERITED = ('tokenizer_path', 'r_init', 'sigma_init', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), law=('', 'maskgit', 'maskbit'), weights=('ema', 'net'), n=1, steps=0,
-    tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4, r_init=(0, 1), sigma_init=(0, 1),
-    tau_sample=1e-6)
+    teacher=('ours', 'maskgit', 'maskbit'), law=('', 'maskgit', 'maskbit'), weights=('ema', 'net'),
+    n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
+    r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6)
 # -----------------------------------------------------------------------------
 
+GIVEN = ()             # the settings that the command line names: `configure` writes it
+
+
 def load():
-    """-> (the network with what surrounds it, the kind of file that it is from, its training step, a path beside which
-    results are written). A published teacher is read from its files, everything else from --ckpt."""
+    """-> (the network with what surrounds it, the kind of file that it is from, its training step,
+    a path beside which results are written). A published teacher is read from its files, everything
+    else from --ckpt."""
     if teacher != 'ours':
         loaded = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads, run.device)
         if weights != 'ema':
@@ -94,8 +98,8 @@ def load():
 
 def name_classes(loaded):
     """Classes that are only numbered are called as the folders in --data are."""
-    numbers = [str(k) for k in range(len(loaded.words))]
-    if data and data not in WORLDS and loaded.words == numbers:
+    numbers = [str(k) for k in range(len(loaded.classes))]
+    if numbers and data and data not in WORLDS and loaded.classes == numbers:
         named = list(open_data(data, loaded.tokenizer.config['image_size']).words)
         if len(named) == len(numbers):
             loaded.words = loaded.classes = named
@@ -103,8 +107,8 @@ def name_classes(loaded):
 
 
 def choose_captions(loaded, number):
-    """The captions to draw: --prompt or the class --label over and over (a name wins over a number, as digits are
-    called 0..9), or as many training captions, spread over all of them."""
+    """The captions to draw: --prompt or the class --label over and over (a name wins over a number,
+    as digits are called 0..9), or as many training captions, spread over all of them."""
     if not label:
         return [prompt] * number if prompt else loaded.examples(number)
     if not loaded.classes:
@@ -160,7 +164,8 @@ def time_one_batch():
 
 
 def measure_inception():
-    """FID and IS with the network that the user names, precision and recall where the reference has images."""
+    """FID and IS with the network that the user names, precision and recall where the reference has
+    images."""
     if not loaded.classes:
         raise ValueError(f'--inception needs a model of classes; {ckpt} reads captions')
     network, digest = load_inception(inception, run.device)
@@ -188,7 +193,8 @@ def open_reference(path):
 
 
 def measure_toy():
-    """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with --sweep, at sixteen."""
+    """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with
+    --sweep, at sixteen."""
     if not loaded.data and not data:
         raise ValueError('nothing to measure against; give --data=FOLDER, or --inception and --ref')
     source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
@@ -253,7 +259,7 @@ if __name__ == '__main__':
                          '--label and --png_dir')
     loaded, stage, step, stem = load()
     is_teacher = stage == 'model'
-    if not is_teacher and (steps > 1 or sweep):
+    if not is_teacher and ('steps' in GIVEN and steps > 1 or sweep):
         raise ValueError(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     n_steps = 1
     if is_teacher:

@@ -39,7 +39,7 @@ code_dim = 8           # numbers per code
 steps = 1200           # updates; with half of them the squared error is three to five times as large
 warmup_free = 100      # first updates without quantisation, after which the codebook is set from encoder outputs
 batch_size = 64        # images per update, all processes together
-micro_batch = 0        # images per forward pass on one device, 0 = as many as fit one pass; lower it to save memory
+micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 lr = 2e-3              # AdamW, falls to a tenth along a cosine
 apart = 8.0            # codes nearer to a busier one than this many mean squared errors of quantisation move on
 commitment = 0.25      # weight of the commitment loss; VQ-VAE .25
@@ -48,8 +48,8 @@ compile = False        # torch.compile the network
 bench = False          # time 20 steps and stop
 
 LIMITS = dict(         # the least value
-    log_every=1, save_every=1, image_size=1, ch=2, n_res=1, n_codes=2, code_dim=1, steps=0, warmup_free=0,
-    batch_size=1, micro_batch=0, lr=0, apart=0)
+    log_every=1, save_every=1, image_size=1, ch=2, n_res=1, n_codes=2, code_dim=1, steps=0,
+    warmup_free=0, batch_size=1, micro_batch=0, lr=0, apart=0)
 # -----------------------------------------------------------------------------
 # Parts of the autoencoder
 
@@ -61,8 +61,9 @@ def bit_rows(k):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a residual; `plain` (MaskBit): they have no bias, and where channels change the shortcut
-    acts on the *output* of the second, so that the input does not reach the sum."""
+    """Two convolutions with a residual; `plain` (MaskBit): they have no bias, and where channels
+    change the shortcut acts on the *output* of the second, so that the input does not reach the
+    sum."""
 
     def __init__(self, c_in, c_out, groups, plain):
         super().__init__()
@@ -102,8 +103,8 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """n residual blocks from c_in to c channels, the first `attend` of them followed by attention, then perhaps a
-    convolution that changes the resolution."""
+    """n residual blocks from c_in to c channels, the first `attend` of them followed by attention,
+    then perhaps a convolution that changes the resolution."""
 
     def __init__(self, c_in, c, n, groups, plain, attend, resample=''):
         super().__init__()
@@ -134,10 +135,11 @@ class Level(nn.Module):
 class Tokenizer(nn.Module):
     """Autoencoder: images (B, 3, H, W) in [-1, 1] <-> ids (B, N), N = S * grid * grid, row by row.
 
-    A code is a learnt row of `code_dim` numbers. With S > 0 it is MaskBit's: `code_dim` bits -1/+1, and S codes
-    stand side by side at each place of the grid (the first holds the low bits). `mid` residual blocks stand in the
-    middle, `up` in each level of the decoder (0: n_res), z channels between encoder and codes (0: the width there);
-    `attention` names the levels that have it, as in '4,mid'.
+    A code is a learnt row of `code_dim` numbers. With S > 0 it is MaskBit's: `code_dim` bits -1/+1,
+    and S codes stand side by side at each place of the grid (the first holds the low bits). `mid`
+    residual blocks stand in the middle, `up` in each level of the decoder (0: n_res), z channels
+    between encoder and codes (0: the width there); `attention` names the levels that have it, as in
+    '4,mid'.
     """
 
     def __init__(self, image_size, ch, ch_mult, n_res, n_codes, code_dim, S=0, mid=0, up=0, z=0, attention='',
@@ -152,13 +154,16 @@ class Tokenizer(nn.Module):
         if image_size < 1 or image_size % cell:
             raise ValueError(f'image_size {image_size} is not a multiple of {cell}, which the '
                              f'{len(widths)} levels of ch_mult {ch_mult} need')
-        self.V, self.S, self.grid, self.source = n_codes, max(1, S), image_size // cell, None
+        self.V, self.S = n_codes, max(1, S)
+        self.grid = image_size // cell
+        self.source = None                                     # of a published one: where it is
         self.N = self.S * self.grid ** 2
         self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))    # images that fit one pass: 32 at 256x256
         plain = S > 0
         groups = groups or min(32, ch // 2)
         z = S * code_dim or z or widths[-1]
-        self.encoder = make_encoder(widths, ch, n_res, mid, z, groups, plain, attention.split(','))
+        attends = attention.split(',')
+        self.encoder = make_encoder(widths, ch, n_res, mid, z, groups, plain, attends)
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))  # (V, code_dim)
             self.quant_conv = nn.Identity()
@@ -167,7 +172,7 @@ class Tokenizer(nn.Module):
             self.quant_conv = nn.Conv2d(z, code_dim, 1)
             self.codebook = nn.Embedding(n_codes, code_dim)
             self.post_quant_conv = nn.Conv2d(code_dim, z, 1)
-        self.decoder = make_decoder(widths, up or n_res, mid, z, groups, plain, attention.split(','))
+        self.decoder = make_decoder(widths, up or n_res, mid, z, groups, plain, attends)
 
     @property
     def table(self):
@@ -183,17 +188,20 @@ class Tokenizer(nn.Module):
         return z.reshape(len(z), -1, self.config['code_dim'])
 
     def nearest(self, z):
-        """z (..., code_dim) -> id of the nearest code (Euclidean), (...); for bits their signs, 0 counting as -1."""
+        """z (..., code_dim) -> id of the nearest code (Euclidean), (...); for bits their signs, 0
+        counting as -1."""
         if self.config['S']:
             places = torch.arange(z.shape[-1], device=z.device)
             return ((z > 0) << places).sum(-1)
         e = self.codebook.weight
         with torch.autocast(z.device.type, enabled=False):     # bf16 would choose another code for a third of them
-            distance = e.square().sum(1) - 2 * z.to(e.dtype) @ e.T   # |z|^2 is the same for all rows
+            products = z.to(e.dtype) @ e.T
+            distance = e.square().sum(1) - 2 * products        # |z|^2 is the same for all rows
             return distance.argmin(-1)
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1], H = W a multiple of the cell -> ids (B, N). Raises ValueError."""
+        """Images (B, 3, H, W) in [-1, 1], H = W a multiple of the cell -> ids (B, N). Raises
+        ValueError."""
         cell = self.config['image_size'] // self.grid
         if images.dim() != 4 or images.shape[2] != images.shape[3] or images.shape[2] % cell:
             raise ValueError(f'encode expects square images whose side is a multiple of {cell}, got '
@@ -201,10 +209,11 @@ class Tokenizer(nn.Module):
         return self.nearest(self.latents(images))
 
     def decode(self, x, captions=None):
-        """Ids (B, N), or float probabilities (B, N, V), -> images (B, 3, H, W), nominally in [-1, 1], not clamped.
-        Probabilities decode to the image of the *expected* code and are differentiable; a one-hot gives exactly the
-        hard image. N may be that of any square image. `captions` are for text-guided decoders and unused here.
-        Raises ValueError for other shapes."""
+        """Ids (B, N), or float probabilities (B, N, V), -> images (B, 3, H, W), nominally in
+        [-1, 1], not clamped. Probabilities decode to the image of the *expected* code and are
+        differentiable; a one-hot gives exactly the hard image. N may be that of any square
+        image. `captions` are for text-guided decoders and unused here. Raises ValueError for
+        other shapes."""
         self.check_shape(x)
         if x.is_floating_point():
             # E[e] = p @ codes, Soft-Di[M]O (arXiv 2509.22925) Eq. 3 with the decoder's table
@@ -231,8 +240,9 @@ class Tokenizer(nn.Module):
         return images * 2 - 1 if self.config['S'] else images
 
     def forward(self, images, quantise=True):
-        """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)], and the decoder
-        sees z + stopgrad(q - z), the straight-through estimator of VQ-VAE (arXiv 1711.00937 Eq. 3)."""
+        """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)],
+        and the decoder sees z + stopgrad(q - z), the straight-through estimator of VQ-VAE (arXiv
+        1711.00937 Eq. 3)."""
         z = self.latents(images)
         q = self.codebook(self.nearest(z)) if quantise else z
         return self.decode_latents(z + (q - z).detach()), z, q
@@ -250,8 +260,8 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, saved, path=''):
-        """Rebuild from what `pack` puts into every checkpoint of ours; `path` says where a published one is now.
-        Raises ValueError, FileNotFoundError."""
+        """Rebuild from what `pack` puts into every checkpoint of ours; `path` says where a
+        published one is now. Raises ValueError, FileNotFoundError."""
         if 'kind' not in saved:
             tokenizer = cls(**saved['args'])
             tokenizer.load_state_dict(saved['net'])
@@ -268,10 +278,10 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, kind, path, grid=16, S=0):
-        """Published weights, kind maskgit (taming VQGAN) or maskbit, from their file, from its folder, or from the
-        dict that it holds; path 'random' is the published size with random weights. All sizes are read off the shapes
-        but the grid of an image and MaskBit's S (0: as released), which the weights leave open. Errors: ValueError,
-        FileNotFoundError, one line."""
+        """Published weights, kind maskgit (taming VQGAN) or maskbit, from their file, from its
+        folder, or from the dict that it holds; path 'random' is the published size with random
+        weights. All sizes are read off the shapes but the grid of an image and MaskBit's S (0: as
+        released), which the weights leave open. Errors: ValueError, FileNotFoundError, one line."""
         from common.teachers import published_tokenizer
         return published_tokenizer(kind, path, grid, S)
 
@@ -283,16 +293,15 @@ def make_encoder(widths, ch, n_res, mid, z, groups, plain, attention):
     levels, c_in = [], ch
     for i, width in enumerate(widths):
         attend = n_res if str(i) in attention else 0
-        levels.append(Level(c_in, width, n_res, groups, plain, attend, 'down' if i < last else ''))
+        resample = 'down' if i < last else ''
+        levels.append(Level(c_in, width, n_res, groups, plain, attend, resample))
         c_in = width
+    middle = Level(top, top, mid, groups, plain, 1 if 'mid' in attention else 0)
+    norm_out = nn.GroupNorm(groups, top, eps=1e-6)
     kernel = 1 if plain else 3
-    return nn.Sequential(OrderedDict(
-        conv_in=conv_in,
-        down=nn.Sequential(*levels),
-        mid=Level(top, top, mid, groups, plain, 1 if 'mid' in attention else 0),
-        norm_out=nn.GroupNorm(groups, top, eps=1e-6),
-        act=nn.SiLU(),
-        conv_out=nn.Conv2d(top, z, kernel, padding=kernel // 2)))
+    conv_out = nn.Conv2d(top, z, kernel, padding=kernel // 2)
+    return nn.Sequential(OrderedDict(conv_in=conv_in, down=nn.Sequential(*levels), mid=middle,
+                                     norm_out=norm_out, act=nn.SiLU(), conv_out=conv_out))
 
 
 def make_decoder(widths, n_res, mid, z, groups, plain, attention):
@@ -303,21 +312,19 @@ def make_decoder(widths, n_res, mid, z, groups, plain, attention):
     levels, c_in = [], top
     for i, width in reversed(list(enumerate(widths))):
         attend = n_res if str(i) in attention else 0
-        levels.append(Level(c_in, width, n_res, groups, plain, attend, 'up' if i else ''))
+        resample = 'up' if i else ''
+        levels.append(Level(c_in, width, n_res, groups, plain, attend, resample))
         c_in = width
-    return nn.Sequential(OrderedDict(
-        conv_in=conv_in,
-        mid=middle,
-        up=nn.Sequential(*levels),
-        norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6),
-        act=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
+    norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+    conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+    return nn.Sequential(OrderedDict(conv_in=conv_in, mid=middle, up=nn.Sequential(*levels),
+                                     norm_out=norm_out, act=nn.SiLU(), conv_out=conv_out))
 
 
 def spread_out(z, k, rng, taken, near=0.0):
-    """k rows of z (M, d), each drawn with probability proportional to its squared distance from those already drawn
-    and from taken (K, d), K >= 0 (k-means++, Arthur & Vassilvitskii 2007), none below `near`: codes for rare patches
-    too, not just for the background."""
+    """k rows of z (M, d), each drawn with probability proportional to its squared distance from
+    those already drawn and from taken (K, d), K >= 0 (k-means++, Arthur & Vassilvitskii 2007), none
+    below `near`: codes for rare patches too, not just for the background."""
     chosen = taken
     if len(taken) == 0:
         chosen = z[torch.randint(len(z), (1,), generator=rng)]
@@ -337,7 +344,7 @@ if __name__ == '__main__':
 
     from common.files import load_resumed, optimizer_states, restore, restore_optimizers, save_checkpoint
     from common.images import decode_images, encode_images, open_data, save_grid
-    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, progress,
+    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, progress,
                             report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
 
     config = configure(globals())
@@ -361,7 +368,8 @@ if __name__ == '__main__':
     forward = torch.compile(net) if compile else net
 
     def update():
-        """One training step: gradients over the micro-batches, clip, AdamW -> mean |error|, vq loss, gradient norm."""
+        """One training step: gradients over the micro-batches, clip, AdamW -> mean |error|, vq
+        loss, gradient norm."""
         warm = lr * min(1, (step + 1) / 50)
         for group in optimizer.param_groups:
             group['lr'] = warm * cosine_law(step, steps, floor=0.1)
@@ -374,7 +382,9 @@ if __name__ == '__main__':
                 y, z, q = forward(x, quantise=step >= free_steps)
             y, z, q = y.float(), z.float(), q.float()          # losses in float32
             # VQ-VAE (arXiv 1711.00937) Eq. 3: |sg[z] - e|^2 + commitment |z - sg[e]|^2
-            vq = F.mse_loss(q, z.detach()) + commitment * F.mse_loss(z, q.detach())
+            codes_move = F.mse_loss(q, z.detach())
+            latents_move = F.mse_loss(z, q.detach())
+            vq = codes_move + commitment * latents_move
             loss = F.l1_loss(y, x) + F.mse_loss(y, x) + vq
             loss.backward()
             chosen = net.nearest(z.detach()).flatten()
@@ -383,8 +393,9 @@ if __name__ == '__main__':
         return (y - x).detach().abs().mean(), vq.detach(), norm
 
     def renew_codes():
-        """Set the codebook from fresh encoder outputs or, later, move those codes there which no patch has chosen
-        lately or which lie beside a busier one, so that nothing but noise decides between the two."""
+        """Set the codebook from fresh encoder outputs or, later, move those codes there which no
+        patch has chosen lately or which lie beside a busier one, so that nothing but noise decides
+        between the two."""
         sum_over_processes(usage)
         rng, codes = rng_for(seed, step, -1), net.codebook.weight.data
         index = torch.randint(source.length, (min(256, source.length),), generator=rng)
@@ -395,22 +406,22 @@ if __name__ == '__main__':
         if step == free_steps:
             near, dead = 0.0, torch.ones(n_codes, dtype=torch.bool, device=run.device)
         else:
-            error = (z - codes[net.nearest(z)]).square().sum(1).mean().item()
-            near = apart * error
+            error = z - codes[net.nearest(z)]
+            near = apart * error.square().sum(1).mean().item()
             close = torch.cdist(codes, codes).square() < near
             beside_busier = (close & (usage > usage[:, None])).any(1)
             dead = (usage < 1) | beside_busier
         if dead.any():
-            fresh = spread_out(z.cpu(), int(dead.sum()), rng, codes[~dead].cpu(), near)
+            alive = codes[~dead].cpu()
+            fresh = spread_out(z.cpu(), int(dead.sum()), rng, alive, near)
             codes[dead] = fresh.to(run.device)
             same_weights(net)                                  # equal but for a last bit, which can grow
         usage.zero_()
 
     # Print the plan
     if run.rank == 0:
-        print(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {source.length} images, {net.N} '
-              f'tokens of {n_codes} codes, {steps} updates of {batch_size} = {run.world} x {run.accumulate} x '
-              f'{run.micro}')
+        print(f'{millions(net):.2f} M parameters, {source.length} images, {net.N} tokens of {n_codes} codes')
+        print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
     if bench:
         report_bench(update, batch_size, run)
         raise SystemExit
@@ -426,8 +437,9 @@ if __name__ == '__main__':
             usage /= run.world
         if run.rank == 0 and (step % save_every == 0 or ending):
             if step:
-                save_checkpoint(out, dict(stage='tokenizer', step=step, config=config, args=net.config,
-                                          net=net.state_dict(), optimizer=optimizer.state_dict(), usage=usage))
+                state = dict(stage='tokenizer', step=step, config=config, args=net.config, usage=usage)
+                state.update(net=net.state_dict(), optimizer=optimizer.state_dict())
+                save_checkpoint(out, state)
             with torch.no_grad():
                 again = net.decode(net.encode(fixed.to(run.device))).cpu()
             save_grid(f'{out_dir}/tokenizer.png', torch.stack([fixed, again], 1).flatten(0, 1))
@@ -438,12 +450,13 @@ if __name__ == '__main__':
         step += 1
         bar.update()
         # Log
-        logging, saving = step % log_every == 0, step % save_every == 0 or step == steps
+        logging = step % log_every == 0
+        saving = step % save_every == 0 or step == steps
         if run.rank == 0 and (logging or saving):
-            check_finite(step, dict(lr=norm))
+            check_finite(step, dict(norm=norm))
         if run.rank == 0 and logging:
-            row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5), norm=round(norm.item(), 4),
-                       used=int((usage > 0).sum()))
+            row = dict(step=step, error=round(error.item(), 5), vq=round(vq.item(), 5))
+            row.update(norm=round(norm.item(), 4), used=int((usage > 0).sum()))
             bar.set_postfix(row, refresh=False)
             log.write(row)
         # Renew the codes
@@ -456,9 +469,12 @@ if __name__ == '__main__':
         held, captions = source.batch(source.examples(2000))
         ids = encode_images(net, held)
         again = decode_images(net, ids, captions)
-        share = torch.bincount(ids.flatten().cpu(), minlength=n_codes).float() / ids.numel()
+        counts = torch.bincount(ids.flatten().cpu(), minlength=n_codes)
+        share = counts.float() / ids.numel()
+        error = (again - held).abs().mean()
+        perplexity = torch.special.entr(share).sum().exp()
         if source.bad:
             print(f'{len(source.bad)} unreadable files were skipped')
-        print(f'{len(held)} images: mean absolute error {(again - held).abs().mean():.4f}, codes used '
-              f'{(share > 0).sum()} of {n_codes}, perplexity {torch.special.entr(share).sum().exp():.1f} -> {out}')
+        print(f'{len(held)} images: mean absolute error {error:.4f}, codes used {(counts > 0).sum()} of {n_codes}, '
+              f'perplexity {perplexity:.1f} -> {out}')
     end_run()

@@ -71,14 +71,16 @@ RECIPES = {'maskgit': dict(clip=0.0), 'maskbit': dict(clip=0.0)}
 INHERITED = ('teacher', 'r_init', 'sigma_init', 'tau')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'), output=('soft', 'tokens'),
-    r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, teacher=('ours', 'maskgit', 'maskbit'))
+    n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'),
+    output=('soft', 'tokens'), r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
+    teacher=('ours', 'maskgit', 'maskbit'))
 # -----------------------------------------------------------------------------
 # This stage's equations
 
 def passes_of(iterations, output, starts=1):
-    """Network-plus-decoder passes of a run: one per fresh start, a forward for every iterate, a backward (two) for
-    every step; where tokens are handed out, their decoding counts as one more for every step."""
+    """Network-plus-decoder passes of a run: one per fresh start, a forward for every iterate, a
+    backward (two) for every step; where tokens are handed out, their decoding counts as one more
+    for every step."""
     fresh = starts if starts > 1 else 0
     per_step = 4 if output == 'tokens' else 3
     return fresh + per_step * iterations + 1
@@ -98,7 +100,8 @@ def drawing(loaded, cond, captions, rngs):
 
 
 def keep_better(best, score, x):
-    """(score (B,), images or embeddings) and a new pair -> row by row the better one, the earlier one if equal."""
+    """(score (B,), images or embeddings) and a new pair -> row by row the better one, the earlier
+    one if equal."""
     if best is None:
         return score, x
     better = score > best[0]
@@ -107,7 +110,8 @@ def keep_better(best, score, x):
 
 
 def step_up(emb, start, value):
-    """e + lr dR/de, each image by itself, its gradient at most `clip` long (Soft-Di[M]O, arXiv 2509.22925, TTEO)."""
+    """e + lr dR/de, each image by itself, its gradient at most `clip` long (Soft-Di[M]O, arXiv
+    2509.22925, TTEO)."""
     pulled = value.sum() - pull / 2 * (emb - start).square().sum()
     grad, = torch.autograd.grad(pulled, emb)
     if clip:
@@ -117,8 +121,9 @@ def step_up(emb, start, value):
 
 
 def ascend(emb, draw, score):
-    """SGD on the input embedding (B, L, D). draw(emb) -> (images to differentiate, images handed out); score(images) ->
-    (B,). Yields per iterate: score, kept score, kept images, distance from the start."""
+    """SGD on the input embedding (B, L, D). draw(emb) -> (images to differentiate, images handed
+    out); score(images) -> (B,). Yields per iterate: score, kept score, kept images, distance from
+    the start."""
     start, best = emb, None
     for k in range(iterations + 1):
         climbing = k < iterations
@@ -138,7 +143,8 @@ def ascend(emb, draw, score):
 # The two ways to spend passes. part: which images (a slice); everything of an image follows from (seed, k)
 
 def fresh_start(loaded, captions, part, j):
-    """Start j of these images -> embedding (B, L, D), its `draw`; 0 is what sample.py draws from."""
+    """Start j of these images -> embedding (B, L, D), its `draw`; 0 is what sample.py draws
+    from."""
     index = range(part.start, part.start + len(captions[part]))
     if j:
         rngs = [rng_for(seed, k, ('draw', j), loaded.device) for k in index]
@@ -183,8 +189,8 @@ COLUMNS = ('kept', 'held_out', 'followed', 'current', 'moved')
 
 
 def collect(label, method, n_iterates, loaded, captions, rewards, report):
-    """Run a method batch by batch -> {column: (iterates, n)}; the images of the first and of the last iterate;
-    milliseconds per image without the reporting."""
+    """Run a method batch by batch -> {column: (iterates, n)}; the images of the first and of the
+    last iterate; milliseconds per image without the reporting."""
     rows, first, last = [[] for _ in range(n_iterates)], [], []
     spent, bar = 0.0, progress(len(captions) * n_iterates, label)
     for begin in range(0, len(captions), batch):
@@ -255,7 +261,7 @@ if __name__ == '__main__':
     folder = os.path.dirname(ckpt)
     world_file, stem = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
     made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
-    if made_for != loaded.words:
+    if made_for != list(source.words):
         raise ValueError(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
     rewards = load_rewards(config, world_file, run.device)
     if not rewards:

@@ -25,9 +25,9 @@ def exists(path):
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file that was there is
-    kept as *.prev.pt, unless broken. Rank 0 only. Raises ValueError where weights are not finite, OSError where the
-    folder or the disk cannot take it."""
+    """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file
+    that was there is kept as *.prev.pt, unless broken. Rank 0 only. Raises ValueError where weights
+    are not finite, OSError where the folder or the disk cannot take it."""
     temporary = f'{path}.{os.getpid()}.tmp'
     if not all_finite(state.get('net', {})) or not all_finite(state.get('ema', {})):
         raise ValueError(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
@@ -58,8 +58,9 @@ def all_finite(weights):
 
 
 def load_checkpoint(path, stage='', hint='', fallback=False):
-    """Read a checkpoint of ours onto the CPU without executing code; `stage` is what it must be (words separated by
-    '|'). With `fallback` an unreadable newest file is reported and the previous one used. Raises ValueError."""
+    """Read a checkpoint of ours onto the CPU without executing code; `stage` is what it must be
+    (words separated by '|'). With `fallback` an unreadable newest file is reported and the previous
+    one used. Raises ValueError."""
     state, problem = read_checkpoint(path)
     if problem and fallback and os.path.exists(previous(path)):
         print(f'{path}: {problem}; using the previous one, {previous(path)}')
@@ -99,8 +100,8 @@ def first_line(error, most):
 
 
 def settings_of(path, keys):
-    """What a checkpoint says of the settings `keys` -> {setting: value}; {} where there is no readable one (loading
-    it will say so)."""
+    """What a checkpoint says of the settings `keys` -> {setting: value}; {} where there is no
+    readable one (loading it will say so)."""
     state, problem = read_checkpoint(path)
     if problem:
         state, problem = read_checkpoint(previous(path))
@@ -111,7 +112,8 @@ def settings_of(path, keys):
 
 
 def load_resumed(path, stage, config):
-    """The checkpoint that --resume continues, with a note of the settings in `config` that are not that run's."""
+    """The checkpoint that --resume continues, with a note of the settings in `config` that are not
+    that run's."""
     state = load_checkpoint(path, stage, 'Start without --resume.', fallback=True)
     other = []
     for key, value in config.items():
@@ -139,8 +141,8 @@ def optimizer_states(optimizers):
 
 
 def restore_optimizers(optimizers, states, path):
-    """The reverse. ValueError says what to do where a run is resumed with other kinds of optimizers; on another device
-    too."""
+    """The reverse. ValueError says what to do where a run is resumed with other kinds of
+    optimizers; on another device too."""
     flat = [optimizer for some in optimizers.values() for optimizer in some]
     try:
         for optimizer, state in zip(flat, states, strict=True):
@@ -157,8 +159,9 @@ def restore_optimizers(optimizers, states, path):
 # Published files
 
 class Inert:
-    """Stands for every class or function that a published file refers to: nothing is executed. Without arguments it is
-    a dict, which the file may fill (Lightning's settings), else an empty object."""
+    """Stands for every class or function that a published file refers to: nothing is executed.
+    Without arguments it is a dict, which the file may fill (Lightning's settings), else an empty
+    object."""
 
     def __new__(cls, *arguments):
         return object.__new__(cls) if arguments else OrderedDict()
@@ -168,8 +171,8 @@ class Inert:
 
 
 def read_published(source):
-    """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in errors). Nested
-    dicts (MaskGIT, Lightning) are opened. Raises FileNotFoundError, ValueError."""
+    """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in
+    errors). Nested dicts (MaskGIT, Lightning) are opened. Raises FileNotFoundError, ValueError."""
     if isinstance(source, dict):
         name, state = 'the given dict', source
     else:
@@ -202,8 +205,8 @@ def weight_file(path):
 
 
 def read_weights(path):
-    """What a file of torch.save holds. It is mapped into memory, so that an optimizer's state is never read: `fill`
-    copies what is kept. Foreign classes become `Inert`. Raises ValueError."""
+    """What a file of torch.save holds. It is mapped into memory, so that an optimizer's state is
+    never read: `fill` copies what is kept. Foreign classes become `Inert`. Raises ValueError."""
     try:
         packed = zipfile.is_zipfile(path)
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
@@ -217,7 +220,8 @@ def read_weights(path):
 
 
 def shape_of(weights, name, what, key, *wanted):
-    """The shape of a published tensor, where 0 in `wanted` is any size. Raises ValueError: which file, which key."""
+    """The shape of a published tensor, where 0 in `wanted` is any size. Raises ValueError: which
+    file, which key."""
     form = '(' + ', '.join(str(size) if size else '*' for size in wanted) + ')'
     place = f'{name}: {key}, expected {form} in {what},'
     if key not in weights:
@@ -231,8 +235,8 @@ def shape_of(weights, name, what, key, *wanted):
 
 
 def fill(network, weights, rename, name):
-    """Put published weights strictly into a network built on the meta device, whose keys `rename` translates.
-    Raises ValueError naming the first key that does not fit."""
+    """Put published weights strictly into a network built on the meta device, whose keys `rename`
+    translates. Raises ValueError naming the first key that does not fit."""
     wanted = {key: rename(key) for key in network.state_dict()}
     for key, value in network.state_dict().items():
         shape_of(weights, name, type(network).__name__, wanted[key], *value.shape)

@@ -462,12 +462,28 @@ def finish_table(source, tokenizer, path):
         os.remove(partial)
 
 
-def draw_real(dataset, N, run, rng):
-    """A micro-batch of the encoded data set (M, N + T) -> tokens (B, N), condition ids (B, T), on the device."""
-    index = torch.randint(len(dataset), (run.micro,), generator=rng, device=run.device)
-    index = index.sort().values                                # a memory-mapped file likes order
-    rows = torch.from_numpy(dataset[index.cpu().numpy()]).long().to(run.device)
-    return rows[:, :N], rows[:, N:]
+class TokenData:
+    """The encoded images: `table` (M, N + T) as `token_data` makes it, tokens, then the ids of the
+    caption's words."""
+
+    def __init__(self, table, N, words):
+        self.table, self.N, self.words = table, N, words
+
+    def __len__(self):
+        return len(self.table)
+
+    def draw_ids(self, run, rng):
+        """A random micro-batch -> tokens (B, N), ids of the captions' words (B, T), on the
+        device."""
+        index = torch.randint(len(self.table), (run.micro,), generator=rng, device=run.device)
+        index = index.sort().values                    # a memory-mapped file likes order
+        rows = torch.from_numpy(self.table[index.cpu().numpy()]).long().to(run.device)
+        return rows[:, :self.N], rows[:, self.N:]
+
+    def draw(self, run, rng):
+        """The same -> tokens (B, N), captions."""
+        tokens, ids = self.draw_ids(run, rng)
+        return tokens, captions_of(ids, self.words)
 
 
 # -----------------------------------------------------------------------------
@@ -501,7 +517,8 @@ def save_grid(path, images, captions=(), columns=8):
 
 
 def write_pngs(folder, images, captions):
-    """One PNG per image, 00000.png ..., and captions.txt with one line each; an earlier call's are replaced."""
+    """One PNG per image, 00000.png ..., and captions.txt with one line each; an earlier call's are
+    replaced."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     names = os.path.join(folder, 'captions.txt')
     with writing(names):

@@ -128,6 +128,11 @@ class Reference:
             self.captions += captions
         self.features = torch.cat(features)
 
+    @classmethod
+    def of(cls, loaded, n):
+        """The reference of a teacher's data, None where it has none here."""
+        return cls(loaded.source, n) if loaded.data else None
+
     def prompts(self, n):
         """n captions with their real images (n, 3, H, W), none of them in the reference."""
         images, captions = self.source.batch(np.resize(self.rest, n))

@@ -121,8 +121,8 @@ def hub(path):
 
 
 def renamed(key, beginnings, parts):
-    """A weight's name with another beginning, by the first row (old, new) of `beginnings` that fits,
-    and with other parts, by every row of `parts`."""
+    """A weight's name with another beginning, by the first row (old, new) of `beginnings` that
+    fits, and with other parts, by every row of `parts`."""
     for old, new in beginnings:
         if key.startswith(old):
             key = new + key[len(old):]
@@ -319,9 +319,9 @@ def imagereward_network(transformers, state):
 
 
 def image_reward(path, bert_path, device):
-    """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear map
-    of its first state (five layers without activations). Words and pixels meet in every layer, so
-    there are no text features to remember. Raises ValueError."""
+    """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear
+    map of its first state (five layers without activations). Words and pixels meet in every layer,
+    so there are no text features to remember. Raises ValueError."""
     with hub(path) as transformers:
         state = from_imagereward(read_published(path)[0])
         network = imagereward_network(transformers, state)
@@ -363,7 +363,8 @@ def conv_tower(d):
 
 
 class PatchTower(nn.Module):
-    """Images (B, 3, 32, 32) -> (B, d), a small vision transformer: the reward that is only reported."""
+    """Images (B, 3, 32, 32) -> (B, d), a small vision transformer: the reward that is only
+    reported."""
 
     def __init__(self, d):
         super().__init__()
@@ -380,8 +381,9 @@ class PatchTower(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """CLIP in miniature: log-odds that a caption is true of an image = scale cos(f, g) + shift, with f
-    from pixels and g from the caption's words in order. `kind` conv or patch is the image tower."""
+    """CLIP in miniature: log-odds that a caption is true of an image = scale cos(f, g) + shift,
+    with f from pixels and g from the caption's words in order. `kind` conv or patch is the image
+    tower."""
 
     def __init__(self, kind, n_words, T, d=256):
         super().__init__()
@@ -456,10 +458,11 @@ def mixed(ids, other, V, rng):
     like this."""
     B, N = ids.shape
     side = math.isqrt(N)
+    n_rows, n_columns = (side, side) if side * side == N else (1, N)       # tokens without a grid: a line
     u = torch.rand(B, 6, 1, generator=rng)
     height, top, width, left, density, strength = u.unbind(1)       # (B, 1) each
-    rows = random_span(height, top, side)
-    columns = random_span(width, left, side)
+    rows = random_span(height, top, n_rows)
+    columns = random_span(width, left, n_columns)
     box = (rows[:, :, None] & columns[:, None, :]).flatten(1)       # (B, N)
     inside = box & (torch.rand(B, N, generator=rng) < 0.2 + 0.8 * density)
     weight = (1.3 * strength).clamp(max=1) * inside                 # (B, N), 1 for 3 of 13 images
@@ -491,8 +494,8 @@ def reward_examples(source, tokenizer, words, T):
 
 
 def wrong_captions(source, captions, u):
-    """B captions, uniform numbers u (B, n_wrong) -> B lists of n_wrong captions that are not true of
-    the image."""
+    """B captions, uniform numbers u (B, n_wrong) -> B lists of n_wrong captions that are not true
+    of the image."""
     rows = []
     for caption, numbers in zip(captions, u.tolist()):
         rows.append([source.wrong_caption(caption, number) for number in numbers])
@@ -517,8 +520,8 @@ def choose_partners(examples, own, false, u):
 
 
 def decode_mixed(examples, own, partners, tokenizer, rng):
-    """Images (B, 3, H, W) in [-1, 1], decoded from the tokens of the images `own` mixed with those of
-    `partners`."""
+    """Images (B, 3, H, W) in [-1, 1], decoded from the tokens of the images `own` mixed with those
+    of `partners`."""
     captions = [examples.captions[i] for i in own.tolist()]
     probs = mixed(examples.tokens[own], examples.tokens[partners], tokenizer.V, rng)
     return tokenizer.decode(probs, captions).clamp(-1, 1)
@@ -544,8 +547,8 @@ def add_pixel_noise(images, rng):
 
 @torch.no_grad()
 def build_batch(examples, tokenizer, rng, device, settings):
-    """One batch: images (B, 3, H, W), of which the second half is decoded from mixed tokens; word ids
-    (B, T) of their captions and (B, n_wrong, T) of wrong ones; harm (B,), their `damage`."""
+    """One batch: images (B, 3, H, W), of which the second half is decoded from mixed tokens; word
+    ids (B, T) of their captions and (B, n_wrong, T) of wrong ones; harm (B,), their `damage`."""
     B = settings['reward_batch']
     own = torch.randint(len(examples.images), (B,), generator=rng)
     u = torch.rand(B, settings['n_wrong'] + 1, generator=rng)
@@ -629,25 +632,29 @@ def train_reward(kind, source, tokenizer, words, T, part, device, settings):
     return net.requires_grad_(False)
 
 
-def make_rewards(path, loaded, source, settings, run):
-    """Train the two small reward models, the optimised one and the held-out one, where `path` is missing; raise
-    ValueError where it was made for something else. All processes must call this."""
+SMALL_REWARDS = {'clip': 'conv', 'held_out': 'patch'}  # the optimised one, and the one that is only reported
+REWARD_SETTINGS = ('seed', 'reward_steps', 'reward_batch', 'reward_lr', 'n_wrong')
+
+
+def make_rewards(path, loaded, settings, run):
+    """Train the two small reward models, the optimised one and the held-out one, where `path` is
+    missing; raise ValueError where it was made for something else. All processes must call this."""
+    source = loaded.source
+    words = list(source.words)
     if run.rank == 0 and not os.path.exists(path):
         print(f'{path} is missing: training two small reward models, expected 2 minutes on 2 CPU cores')
-        nets, T = {}, loaded.net.config['T']
-        for part, (name, kind) in enumerate((('clip', 'conv'), ('held_out', 'patch'))):
-            nets[name] = train_reward(kind, source, loaded.tokenizer, loaded.words, T, part, run.device, settings)
-        state = dict(stage='rewards', step=settings['reward_steps'], config=settings, words=loaded.words,
-                     data=loaded.data, args={name: net.config for name, net in nets.items()})
-        for name, net in nets.items():
-            state[name] = net.state_dict()
+        config = {key: settings[key] for key in REWARD_SETTINGS}
+        state = dict(stage='rewards', step=settings['reward_steps'], config=config, words=words, data=loaded.data, args={})
+        for part, (name, kind) in enumerate(SMALL_REWARDS.items()):
+            net = train_reward(kind, source, loaded.tokenizer, words, source.caption_length, part, run.device, config)
+            state['args'][name], state[name] = net.config, net.state_dict()
         save_checkpoint(path, state)
     meet()
     made = load_checkpoint(path, 'rewards', fallback=True)
-    wanted = loaded.data, settings['reward_steps'], loaded.words
+    wanted = loaded.data, settings['reward_steps'], words
     if (made.get('data'), made['step'], made['words']) != wanted:
         raise ValueError(f'{path}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} words), '
-                         f'expected {settings["reward_steps"]} for {loaded.data} ({len(loaded.words)}); delete it, or '
+                         f'expected {settings["reward_steps"]} for {loaded.data} ({len(words)}); delete it, or '
                          'choose another --out_dir')
 
 
@@ -655,7 +662,8 @@ JUDGED_AT_ONCE = 250    # images per pass of the reward models
 
 
 class Judged(Reference):
-    """The metrics of `Reference`, and beside them both rewards and two symptoms of reward hacking."""
+    """The metrics of `Reference`, and beside them both rewards and two symptoms of reward
+    hacking."""
 
     def __init__(self, source, n_reference, rewards, held_out, device):
         super().__init__(source, n_reference)
@@ -663,10 +671,15 @@ class Judged(Reference):
         self.held_out = held_out
         self.device = device
 
+    @classmethod
+    def of(cls, loaded, n):
+        """The reference of a teacher's data, with the rewards that were loaded beside it."""
+        return cls(loaded.source, n, loaded.rewards, loaded.held_out, loaded.device)
+
     @torch.no_grad()
     def judge(self, images, captions):
-        """Images (B, 3, H, W) on the device, captions -> means: trained reward, held-out reward, share
-        of clipped values, colour saturation (largest minus smallest channel, in [0, 1])."""
+        """Images (B, 3, H, W) on the device, captions -> means: trained reward, held-out reward,
+        share of clipped values, colour saturation (largest minus smallest channel, in [0, 1])."""
         x = images.clamp(-1, 1)
         saturation = (x.amax(1) - x.amin(1)).mean() / 2
         return dict(

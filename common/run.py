@@ -4,9 +4,9 @@ optimizers, log, progress, benchmark. Imports nothing of ours.
 """
 import contextlib
 import difflib
+import dis
 import hashlib
 import json
-import linecache
 import math
 import os
 import signal
@@ -29,10 +29,11 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Settings: defaults in the script < the checkpoint it starts from < the teacher's recipe < the command line
 
 def configure(g, recipes=None, handed_on=None, argv=None):
-    """Set the lower-case scalar globals of a script `g` and return them as a dict, which is printed and saved.
-    `recipes` {teacher: {setting: value}} is what --teacher=NAME changes; handed_on(settings, given) -> {setting: value}
-    is what a checkpoint says. The command line takes --key=value, --key value, a bare --key for a bool; dashes equal
-    underscores; --help prints the block. Exits with one line on an unknown key, a wrong type, a value that cannot be."""
+    """Set the lower-case scalar globals of a script `g` and return them as a dict, which is printed
+    and saved. `recipes` {teacher: {setting: value}} is what --teacher=NAME changes;
+    handed_on(settings, given) -> {setting: value} is what a checkpoint says. The command line takes
+    --key=value, --key value, a bare --key for a bool; dashes equal underscores; --help prints the
+    block. Exits with one line on an unknown key, a wrong type, a value that cannot be."""
     sys.excepthook = report_error
     script = script_name(g)
     keys = setting_names(g)
@@ -55,7 +56,7 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     if settings.get('data') and settings['data'] not in DRAWN:
         settings['data'] = os.path.abspath(settings['data'])   # a checkpoint names the folder from anywhere
     check_limits(script, settings, g.get('LIMITS', {}), {key: g[key] for key in keys})
-    g.update(settings)
+    g.update(settings, GIVEN=tuple(given))
     return settings
 
 
@@ -104,7 +105,8 @@ def read_arguments(words, g, keys):
 
 
 def next_value(words, kind):
-    """The value of a setting that has no '=': the next word, or true for a bare bool; None where there is none."""
+    """The value of a setting that has no '=': the next word, or true for a bare bool; None where
+    there is none."""
     if kind is bool and not (words and words[0].lower() in ('true', 'false', '0', '1')):
         return 'true'
     if words and not words[0].startswith('--'):
@@ -133,7 +135,8 @@ def print_help(g):
 
 
 def check_limits(script, settings, limits, defaults):
-    """`limits` {setting: limit}: a tuple of words is a choice, a pair of numbers a range, a number the least value."""
+    """`limits` {setting: limit}: a tuple of words is a choice, a pair of numbers a range, a number
+    the least value."""
     for key, value in settings.items():
         wanted = wanted_instead(key, value, limits.get(key), defaults[key])
         if wanted:
@@ -153,7 +156,7 @@ def wanted_instead(key, value, limit, default):
         return 'a finite number'
     if key == 'seed' and abs(value) >= 2 ** 63:
         return 'below 2 ** 63'
-    if key in ('data', 'ckpt') and value == '' and default:
+    if key in ('data', 'ckpt', 'out_dir') and value == '' and default:
         return 'a name'
     if limit is None:
         return ''
@@ -166,8 +169,8 @@ def wanted_instead(key, value, limit, default):
 
 
 def report_error(kind, error, trace):
-    """sys.excepthook: what a user can mend ends with one line, a mistake of ours with its traceback. A user's is what
-    our own code raises as ValueError or OSError on purpose, in a line that begins with `raise`."""
+    """sys.excepthook: what a user can mend ends with one line, a mistake of ours with its
+    traceback. A user's is what a `raise` of our own code makes a ValueError or OSError."""
     if kind is KeyboardInterrupt:
         print('stopped', file=sys.stderr)
     elif issubclass(kind, (ValueError, OSError)) and raised_on_purpose(trace):
@@ -177,20 +180,23 @@ def report_error(kind, error, trace):
 
 
 def raised_on_purpose(trace):
+    """Told by the instruction, not by reading its line: the file may be edited while a run goes on."""
     while trace.tb_next is not None:
         trace = trace.tb_next
-    path = os.path.abspath(trace.tb_frame.f_code.co_filename)
-    line = linecache.getline(path, trace.tb_lineno)
-    return path.startswith(HERE + os.sep) and line.lstrip().startswith('raise ')
+    code = trace.tb_frame.f_code
+    path = os.path.abspath(code.co_filename)
+    ours = path.startswith(HERE + os.sep) and 'site-packages' not in path
+    return ours and dis.opname[code.co_code[trace.tb_lasti]] == 'RAISE_VARARGS'
 
 
 # -----------------------------------------------------------------------------
 # Processes
 
-def start_run(batch_size=1, micro_batch=0, half=('cuda', 'cpu')):
-    """Join the torchrun group, if there is one, and split the global batch. -> run, with rank, world (processes),
-    device, autocast, micro (images a forward pass), accumulate (passes an update). One process per GPU with nccl, gloo
-    on the CPU; bf16 autocast on the devices in `half` that compute in it, else float32, and no float16 path."""
+def start_run(batch_size=0, micro_batch=0, half=('cuda', 'cpu')):
+    """Join the torchrun group, if there is one, and split the global batch. -> run, with rank,
+    world (processes), device, autocast, micro (images a forward pass), accumulate (passes an
+    update). One process per GPU with nccl, gloo on the CPU; bf16 autocast on the devices in `half`
+    that compute in it, else float32, and no float16 path."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()
     device = torch.device('cpu')
@@ -220,7 +226,8 @@ def has_bf16(cuda):
 
 
 def split_batch(batch_size, micro_batch, world):
-    """Global batch -> (images per forward on one device, accumulation steps). Raises ValueError if it does not divide."""
+    """Global batch -> (images per forward on one device, accumulation steps). Raises ValueError if
+    it does not divide."""
     micro = micro_batch or max(1, batch_size // world)
     if batch_size % (micro * world):
         best = max(1, round(batch_size / (micro * world))) * micro * world
@@ -253,6 +260,15 @@ def meet():
         dist.barrier()
 
 
+def agreed(flag, now, run):
+    """Rank 0's flag on every process, where all of them ask `now`."""
+    if run.world > 1 and now:
+        shared = torch.tensor(float(flag), device=run.device)
+        dist.broadcast(shared, 0)
+        return bool(shared)
+    return flag
+
+
 def sum_over_processes(tensor):
     """In place."""
     if dist.is_initialized():
@@ -268,8 +284,9 @@ def same_weights(*networks):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; once more stops at once,
-    but not within a second: a terminal, torchrun and distill.py may all pass on the same wish."""
+    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; once
+    more stops at once, but not within a second: a terminal, torchrun and distill.py may all pass on
+    the same wish."""
 
     def __init__(self):
         self.asked = 0.0                                       # when
@@ -296,15 +313,17 @@ class Stop:
 # Seeds
 
 def rng_for(seed, step, part=0, device='cpu'):
-    """The seed rule: one generator per (seed, step, part), part being the micro-batch's number over all processes.
-    So a run draws the same numbers on 1 or 8 processes with equal micro-batches, and resuming needs no RNG state."""
+    """The seed rule: one generator per (seed, step, part), part being the micro-batch's number over
+    all processes. So a run draws the same numbers on 1 or 8 processes with equal micro-batches, and
+    resuming needs no RNG state."""
     digest = hashlib.sha256(repr((seed, step, part)).encode()).digest()
     number = int.from_bytes(digest[:8], 'little') >> 1
     return torch.Generator(device).manual_seed(number)
 
 
 def micro_rng(seed, step, k, run, draw='', device=None):
-    """The generator of this process's k-th micro-batch in an update, `draw` a word for a further one."""
+    """The generator of this process's k-th micro-batch in an update, `draw` a word for a further
+    one."""
     part = run.rank * run.accumulate + k
     if draw:
         part = (draw, part)
@@ -320,8 +339,9 @@ def image_rngs(seed, index, device='cpu'):
 # Optimizers
 
 def rate_law(step, steps, warmup, cooldown):
-    """The learning-rate law of the stages, as a share of the peak: linear warm-up over `warmup` steps; over the last
-    share `cooldown` of the steps down to 5 % on a straight line (0: constant, as in the paper)."""
+    """The learning-rate law of the stages, as a share of the peak: linear warm-up over `warmup`
+    steps; over the last share `cooldown` of the steps down to 5 % on a straight line (0: constant,
+    as in the paper)."""
     rising = (step + 1) / max(1, warmup)
     if not cooldown:
         return min(1, rising)
@@ -330,7 +350,8 @@ def rate_law(step, steps, warmup, cooldown):
 
 
 def cosine_law(step, steps, floor=0.0):
-    """The law of the small networks that are trained here: from 1 to `floor` along half a cosine."""
+    """The law of the small networks that are trained here: from 1 to `floor` along half a
+    cosine."""
     return (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / max(1, steps))
 
 
@@ -341,8 +362,9 @@ def set_rates(optimizers, factor):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024: Nesterov momentum, its singular values pushed to about 1 by five
-    Newton-Schulz steps) in float32 on a CPU: there torch's, always in bfloat16, takes 30 % of a distillation step."""
+    """torch.optim.Muon (Jordan et al. 2024: Nesterov momentum, its singular values pushed to about
+    1 by five Newton-Schulz steps) in float32 on a CPU: there torch's, always in bfloat16, takes 30
+    % of a distillation step."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -368,8 +390,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(x):
-    """Wide matrices (n, rows, columns) with their singular values pushed towards 1: five steps of the quintic
-    a s + b s^3 + c s^5 with the coefficients that Jordan et al. tuned for speed near 0."""
+    """Wide matrices (n, rows, columns) with their singular values pushed towards 1: five steps
+    of the quintic a s + b s^3 + c s^5 with the coefficients that Jordan et al. tuned for speed
+    near 0."""
     a, b, c = 3.4445, -4.775, 2.0315
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -381,8 +404,9 @@ def orthogonalised(x):
 
 
 def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0, momentum=0.95):
-    """Muon for the matrices of trunk or heads, AdamW for the rest -> list of optimizers; muon_lr = 0 gives everything
-    to AdamW, as the papers do. Each keeps its peak rate in optimizer.peak for `set_rates`."""
+    """Muon for the matrices of trunk or heads, AdamW for the rest -> list of optimizers; muon_lr =
+    0 gives everything to AdamW, as the papers do. Each keeps its peak rate in optimizer.peak for
+    `set_rates`."""
     trunk, rest = [], []
     for name, p in network.named_parameters():
         in_trunk = name.startswith(('blocks', 'first', 'last', 'heads'))
@@ -401,19 +425,25 @@ def make_optimizers(network, muon_lr, lr, betas, weight_decay=0.0, momentum=0.95
     return optimizers
 
 
+def millions(network):
+    """Its parameters."""
+    return sum(p.numel() for p in network.parameters()) / 1e6
+
+
 def trained(network):
     """The parameters that get gradients."""
     return [p for p in network.parameters() if p.requires_grad]
 
 
 def take_step(network, optimizers, run, clip):
-    """Average the accumulated gradients over micro-batches and processes, clip, step -> gradient norm."""
+    """Average the accumulated gradients over micro-batches and processes, clip, step -> gradient
+    norm."""
     return apply_gradients(trained(network), optimizers, run.accumulate * run.world, clip)
 
 
 def apply_gradients(parameters, optimizers, parts, clip=1.0):
-    """Divide accumulated gradients by `parts`, average them over all processes with one all-reduce, clip their norm
-    (0: no limit), step. -> the norm before the clipping."""
+    """Divide accumulated gradients by `parts`, average them over all processes with one all-reduce,
+    clip their norm (0: no limit), step. -> the norm before the clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     if dist.is_initialized():
@@ -427,11 +457,13 @@ def apply_gradients(parameters, optimizers, parts, clip=1.0):
     return norm
 
 
-def check_finite(step, norms):
-    """End the run before a broken state is saved: {setting to lower: gradient norm}. Raises ValueError."""
-    for name, norm in norms.items():
-        if not torch.isfinite(norm):
-            raise ValueError(f'step {step}: a gradient is not finite; lower --{name}. The last checkpoint is good: '
+def check_finite(step, numbers):
+    """End the run before a broken state is saved: of the numbers of a step, `norm` is a gradient
+    norm that --lr governs, `norm_x` one that --x_lr does. Raises ValueError."""
+    for name, norm in numbers.items():
+        if name.startswith('norm') and not torch.isfinite(norm):
+            setting = f'{name}_lr'.removeprefix('norm').lstrip('_')
+            raise ValueError(f'step {step}: a gradient is not finite; lower --{setting}. The last checkpoint is good: '
                              '--resume continues from it.')
 
 
@@ -443,7 +475,8 @@ def ema_update(average, network, decay, step):
 
 
 def compile_blocks(*networks, twice=False):
-    """torch.compile block by block: equal blocks share one compilation. `twice`: backward passes a graph again."""
+    """torch.compile block by block: equal blocks share one compilation. `twice`: backward passes a
+    graph again."""
     import torch._dynamo
     import torch._functorch.config
     torch._dynamo.config.recompile_limit = 32                  # with or without gradient, other batches
@@ -458,7 +491,8 @@ def compile_blocks(*networks, twice=False):
 
 @contextlib.contextmanager
 def writing(path):
-    """Make the folder of `path`; inside, a full disk or a missing permission raises OSError with one line."""
+    """Make the folder of `path`; inside, a full disk or a missing permission raises OSError with
+    one line."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         yield
@@ -469,8 +503,9 @@ def writing(path):
 
 
 class Log:
-    """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the seed only (times go
-    to the console), so that a resumed run writes the same lines as an uninterrupted one."""
+    """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the
+    seed only (times go to the console), so that a resumed run writes the same lines as an
+    uninterrupted one."""
 
     def __init__(self, checkpoint, step):
         self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
@@ -491,7 +526,8 @@ class Log:
 
 
 def smoothed(smooth, numbers, keys, share=0.05):
-    """Running means {key: tensor} of the numbers of a step, those of `keys` that are there; changed in place."""
+    """Running means {key: tensor} of the numbers of a step, those of `keys` that are there; changed
+    in place."""
     for key in keys:
         if key in numbers:
             smooth[key] = torch.lerp(smooth[key], numbers[key], share) if key in smooth else numbers[key]
@@ -525,8 +561,9 @@ def synchronise(device):
 
 
 def report_bench(step, images_per_step, run):
-    """Time 20 calls of `step` after 3 of warm-up and print ms, images/s, share of the matmul peak and peak memory.
-    FLOPs are counted by torch over one more step; the peak is a large matmul measured in the same run."""
+    """Time 20 calls of `step` after 3 of warm-up and print ms, images/s, share of the matmul peak
+    and peak memory. FLOPs are counted by torch over one more step; the peak is a large matmul
+    measured in the same run."""
     from torch.utils.flop_counter import FlopCounterMode
     timed(step, 3, run.device)
     seconds = timed(step, 20, run.device)

@@ -3,6 +3,7 @@ Teachers: `load_teacher` and what surrounds a network; the published MaskGIT and
 Captions go in, `cond` comes out: no stage knows what a condition is made of.
 """
 import copy
+import functools
 import math
 import os
 import re
@@ -37,15 +38,25 @@ TOKENIZERS = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res
 # A network with what surrounds it
 
 class Teacher:
-    """net, on `device`, frozen; tokenizer; encode(captions) -> cond; prompts, the captions that training draws from;
-    data, what it was trained on ('' if that is not here); words, its vocabulary; prompt_ids, the prompts as a
-    checkpoint stores them; config, the settings that it was trained with."""
+    """A network and what surrounds it; a generator's checkpoint is read as one, too.
 
-    def __init__(self, net, tokenizer, encode, prompts, data, words, prompt_ids, config):
-        self.net, self.tokenizer, self.encode, self.prompts = net, tokenizer, encode, prompts
-        self.data, self.words, self.prompt_ids, self.config = data, words, prompt_ids, config
+    kind; net, on `device`, frozen; tokenizer; encode(captions) -> cond; prompts, the captions that
+    training draws from, and packed_prompts, as a checkpoint stores them; data, what it was trained
+    on ('' if that is not here); words, its vocabulary; classes, the words where a caption is one of
+    them, else []; config, its own settings.
+    """
+
+    def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config):
+        self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
+        self.prompts, self.packed_prompts = prompts, packed_prompts
+        self.data, self.words, self.config = data, words, config
         self.device = next(net.parameters()).device
-        self.classes = words if net.config['T'] == 1 else []   # a caption is one of them
+        self.classes = words if net.config.get('T') == 1 else []
+
+    @functools.cached_property
+    def source(self):
+        """Images like those that it was trained on (see common/images.py)."""
+        return open_data(self.data, self.tokenizer.config['image_size'], expected=self.words)
 
     def examples(self, n):
         """n of the prompts, spread over all of them."""
@@ -57,26 +68,34 @@ class Teacher:
 
     def pack(self):
         """What the checkpoint of any stage stores of it, beside weights."""
-        return dict(args=self.net.config, words=self.words, data=self.data, prompts=self.prompt_ids,
-                    tokenizer=self.tokenizer.pack())
+        return dict(kind=self.kind, args=self.net.config, words=self.words, data=self.data,
+                    prompts=self.packed_prompts, tokenizer=self.tokenizer.pack())
+
+
+def word_teacher(kind, net, tokenizer, words, prompt_ids, data, config, device):
+    """A Teacher whose condition is the ids of words; prompt_ids (M, T) are those of the training
+    captions."""
+    net = net.to(device).eval().requires_grad_(False)
+    encode = word_encoder(words, net.config['T'], device)
+    prompts = captions_of(prompt_ids, words)
+    return Teacher(kind, net, tokenizer.to(device), encode, prompts, prompt_ids, data, words, config)
 
 
 def unpack(state, device='cpu', weights='ema', tokenizer_path='', path='the checkpoint'):
-    """A checkpoint of ours, a teacher's or a generator's -> Teacher. Raises ValueError, FileNotFoundError."""
+    """A checkpoint of ours, a teacher's or a generator's -> Teacher. Raises ValueError,
+    FileNotFoundError."""
     net = MDM(**state['args'])
     restore(net, state[weights], path, weights)
-    net = net.to(device).eval().requires_grad_(False)
-    tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path).to(device)
-    words = state['words']
-    encode = word_encoder(words, state['args']['T'], device)
-    prompts = captions_of(state['prompts'], words)
-    return Teacher(net, tokenizer, encode, prompts, state['data'], words, state['prompts'], state['config'])
+    tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path)
+    return word_teacher(state.get('kind', 'ours'), net, tokenizer, state['words'], state['prompts'],
+                        state['data'], state['config'], device)
 
 
 def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu'):
-    """-> Teacher. kind 'ours' reads our model.pt at `path`; maskgit and maskbit read published weights (n_head heads,
-    0: 16), whose words are the class numbers, or the names of the class folders if `data` is a folder (sorted, the
-    published order). path 'random' takes random weights. Raises ValueError, FileNotFoundError with one line."""
+    """-> Teacher. kind 'ours' reads our model.pt at `path`; maskgit and maskbit read published
+    weights (n_head heads, 0: 16), whose words are the class numbers, or the names of the class
+    folders if `data` is a folder (sorted, the published order). path 'random' takes random weights.
+    Raises ValueError, FileNotFoundError with one line."""
     folder = '' if data in WORLDS else data
     if kind == 'ours':
         state = load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
@@ -88,10 +107,8 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu')
         words = list(open_data(folder, tokenizer.config['image_size']).words)
     if len(words) != net.n_words:
         raise ValueError(f'--data={folder} has {len(words)} class folders, {path} knows {net.n_words} classes')
-    net = net.to(device).eval().requires_grad_(False)
-    encode = word_encoder(words, 1, device)
     labels = torch.arange(net.n_words)[:, None]
-    return Teacher(net, tokenizer.to(device), encode, words, folder, words, labels, config={})
+    return word_teacher(kind, net, tokenizer, words, labels, folder, {}, device)
 
 
 def published_pair(kind, path, tokenizer_path, n_head):
@@ -112,7 +129,8 @@ def published_pair(kind, path, tokenizer_path, n_head):
 
 
 def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointing=False):
-    """A network like `net` with other weights: frozen, or trained but perhaps for its embedding tables."""
+    """A network like `net` with other weights: frozen, or trained but perhaps for its embedding
+    tables."""
     copied = copy.deepcopy(net)
     restore(copied, weights, path, 'weights')
     copied.requires_grad_(trained).train(trained)
@@ -124,7 +142,8 @@ def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointin
 
 
 def same_tokens(loaded, state, path):
-    """Raise ValueError unless a teacher and a checkpoint speak of the same tokens: one tokenizer."""
+    """Raise ValueError unless a teacher and a checkpoint speak of the same tokens: one
+    tokenizer."""
     ours, theirs = loaded.tokenizer.pack(), state['tokenizer']
     same = all(ours.get(key) == theirs.get(key) for key in ('kind', 'args', 'digest'))
     if same:
@@ -136,8 +155,8 @@ def same_tokens(loaded, state, path):
 
 
 def teacher_file(teacher, teacher_path, teacher_ckpt, folder, start=''):
-    """Where the teacher is: a published file; or of ours --teacher_ckpt, model.pt beside the checkpoint `start`, or
-    model.pt in the folder of the run."""
+    """Where the teacher is: a published file; or of ours --teacher_ckpt, model.pt beside the
+    checkpoint `start`, or model.pt in the folder of the run."""
     if teacher != 'ours':
         return teacher_path
     if teacher_ckpt:
@@ -152,7 +171,8 @@ def teacher_file(teacher, teacher_path, teacher_ckpt, folder, start=''):
 # The first command: what is missing is trained
 
 def train_missing(data, folder, seed):
-    """Train tokenizer and teacher of the demo in `folder` if they are missing, or finish them if interrupted."""
+    """Train tokenizer and teacher of the demo in `folder` if they are missing, or finish them if
+    interrupted."""
     if is_done(saved_stage('model', data, folder)):            # it holds its tokenizer
         return
     for script, minutes in (('tokenizer', 3), ('model', 4)):
@@ -171,7 +191,8 @@ def train_missing(data, folder, seed):
 
 
 def saved_stage(script, data, folder):
-    """The checkpoint of tokenizer.py or model.py in `folder`, None if there is none. ValueError for other data."""
+    """The checkpoint of tokenizer.py or model.py in `folder`, None if there is none. ValueError for
+    other data."""
     path = os.path.join(folder, f'{script}.pt')
     if not exists(path):
         return None
@@ -189,7 +210,8 @@ def is_done(state):
 
 
 def run_script(script, settings):
-    """Run one of our scripts as one process of its own; a wish to stop is passed on, and it saves."""
+    """Run one of our scripts as one process of its own; a wish to stop is passed on, and it
+    saves."""
     command = [sys.executable, os.path.join(HERE, f'{script}.py')]
     command += [f'--{key}={value}' for key, value in settings.items()]
     single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
@@ -238,8 +260,8 @@ def published_name(key, kind):
 
 
 def published_transformer(kind, path, n_head=None, V=None):
-    """`MDM.from_pretrained`. MaskGIT keeps V codes and K classes in one table; unless given, V is the power of two
-    >= 128 that leaves K = 1000, or else the largest that fits."""
+    """`MDM.from_pretrained`. MaskGIT keeps V codes and K classes in one table; unless given, V is
+    the power of two >= 128 that leaves K = 1000, or else the largest that fits."""
     check_kind(kind)
     if path == 'random':
         return seeded(MDM, TRANSFORMERS[kind])
@@ -271,7 +293,8 @@ def published_transformer(kind, path, n_head=None, V=None):
 
 
 def maskgit_config(w, name, size, length, D, V):
-    """Sizes of a MaskGIT file; its table and bias, which hold codes, mask and classes, are cut in `w`."""
+    """Sizes of a MaskGIT file; its table and bias, which hold codes, mask and classes, are cut in
+    `w`."""
     rows = size('tok_emb.weight', 0, D)[0] - 2                 # V + K
     size('bias', length, rows + 2)
     imagenet = rows - 1000 >= 128 and (rows - 1000).bit_count() == 1
@@ -292,7 +315,8 @@ def maskgit_config(w, name, size, length, D, V):
 
 
 def maskbit_config(w, name, size, length, D):
-    """Sizes of a MaskBit file: S codes of k bits a position, where S k columns go in and S 2^k rows come out."""
+    """Sizes of a MaskBit file: S codes of k bits a position, where S k columns go in and S 2^k rows
+    come out."""
     columns = size('input_proj.weight', D, 0)[1]
     rows = size('prediction_layer.weight', 0, D)[0]
     for S in (2, 1, *range(3, columns + 1)):                   # released: 2
@@ -339,8 +363,8 @@ def published_tokenizer_name(key, kind, depth):
 
 
 def published_tokenizer(kind, path, grid=16, S=0):
-    """`Tokenizer.from_pretrained`: all sizes are read off the shapes but the grid of an image and MaskBit's S (0: as
-    released), which the weights leave open."""
+    """`Tokenizer.from_pretrained`: all sizes are read off the shapes but the grid of an image and
+    MaskBit's S (0: as released), which the weights leave open."""
     check_kind(kind)
     if path == 'random':
         tokenizer = seeded(Tokenizer, TOKENIZERS[kind])

@@ -1,0 +1,1578 @@
+"""
+What the helpers in common/ promise: settings, the shapes world, folders, optimizers, metrics, published
+files, rewards, our own files. Nothing here is about the paper; its equations are tested in test_all.py,
+which also runs these (`python test_all.py`, or `pytest common/test_common.py`).
+"""
+import contextlib
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from unittest import SkipTest, mock
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import distill
+import gan
+import model
+import reward
+import sample
+import tokenizer
+import tteo
+from common import metrics, rewards, world
+from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+                          restore_optimizers, save_checkpoint, settings_of)
+from common.images import captions_of, open_data, read_image, token_data, word_ids
+from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
+                        micro_rng, out_folder, report_bench, report_error, setting_names,
+                        split_batch, wanted_instead)
+from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, same_tokens, train_missing
+from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
+                            must_refuse, must_run, near, picture_folder, printed, published,
+                            ready_for, rng, same, small_model, small_tokenizer, tiny_run)
+from model import MDM, reveal_counts, sampling_plan
+from tokenizer import Tokenizer
+
+CPU = torch.device('cpu')
+RED = 'a red circle'
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
+def settings(**more):
+    """The globals of a script: a setting of every type, two that are none."""
+    g = dict(__file__='x.py', SIZE=1)
+    g.update(lr=0.1, steps=10, note='', flag=False, batch_size=8, D=96)
+    g.update(more)
+    return g
+
+
+def test_overrides_take_every_documented_form():
+    forms = {
+        '--lr=1': dict(lr=1.0), '--lr -0.2': dict(lr=-0.2), '--steps=1e5': dict(steps=100000),
+        '--D=32': dict(D=32), '--note=123': dict(note='123'), '--note=a=b': dict(note='a=b'),
+        '--flag': dict(flag=True), '--flag=False': {}, '--flag 0': {}, '': {},
+        '--flag --lr 2': dict(flag=True, lr=2.0), '--batch-size 4': dict(batch_size=4)}
+    for words, changed in forms.items():
+        g = settings()
+        returned = configure(g, argv=words.split())
+        wanted = settings(**changed)
+        del g['GIVEN']                                     # names of what the words give
+        assert g == wanted, words
+        assert all(type(g[key]) is type(value) for key, value in wanted.items()), words
+        del wanted['__file__'], wanted['SIZE']
+        assert returned == wanted, words
+
+
+def test_overrides_refuse_with_one_line():
+    limits = dict(batch_size=1)
+    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits)
+    cases = {
+        '--batchsize=3': ('x.py', 'unknown setting --batchsize', 'did you mean --batch_size?'),
+        '--SIZE=3': ('unknown setting',),
+        '--steps=1.5': ('int', 'default 10', "'1.5'"),
+        '--steps=many': ('int', "'many'"),
+        '--flag=maybe': ('true, false, 1 or 0', "'maybe'"),
+        '--lr=fast': ('float', 'default 0.1', "'fast'"),
+        '--lr': ('--lr needs a value',),
+        '--lr --flag': ('--lr needs a value',),
+        'lr=3': ("stray word 'lr=3'", '--name=value'),
+        '-lr 3': ('stray word',),
+        '--batch_size=0': ('--batch_size=0', 'at least 1'),
+        '--data=': ('--data= cannot be, expected a name',),
+        '--teacher_path=x.pt': ('published weights', '--ckpt=x.pt')}
+    for words, expected in cases.items():
+        with exits_with(*expected):
+            configure(dict(g), argv=words.split())
+
+
+def test_a_setting_outside_its_limits_is_refused():
+    cases = {
+        'tau=0': 'at least', 'warmup=-1': 'at least 0', 'steps=-1': 'at least 0',
+        'r_init=2': 'between 0 and 1', 'beta2=1': 'between 0 and', 'schedule=linear':
+        "'arccos', 'cosine'", 'relax=hard': "'soft', 'gumbel', 'st'", 'r_init=nan': 'finite',
+        'cfg_scale=inf': 'finite', 'seed=9223372036854775808': 'below', 'p_near=0.9':
+        'are shares of one whole'}
+    for words, expected in cases.items():
+        with exits_with(f'--{words.partition("=")[0]}=', expected):
+            configure(dict(vars(gan)), argv=[f'--{words}'])
+    for script in (tokenizer, model):
+        with exits_with('--out_dir= cannot be'):
+            configure(dict(vars(script)), argv=['--out_dir='])
+
+
+def test_limits_and_what_a_checkpoint_hands_on_are_settings_of_their_script():
+    for script in (tokenizer, model, distill, gan, reward, sample, tteo):
+        g = vars(script)
+        names = setting_names(g)
+        assert set(g['LIMITS']) <= set(names), script.__name__
+        for name in names:                                 # a default lies within its limits
+            assert not wanted_instead(name, g[name], g['LIMITS'].get(name), g[name]), name
+        for name in g.get('INHERITED', ()):
+            assert type(g[name]) is type(vars(distill)[name]), (script.__name__, name)
+
+
+def test_the_command_line_beats_the_recipe_the_recipe_the_checkpoint_and_that_the_default():
+    def handed_on(found, given):
+        return dict(lr=0.2, steps=20, D=20, teacher='maskgit')
+
+    recipes = dict(maskgit=dict(lr=0.3, steps=30), maskbit=dict(lr=9.0))
+    g = settings(teacher='ours')
+    with capture() as text:
+        configure(g, recipes, handed_on, ['--lr=0.4'])
+    assert (g['lr'], g['steps'], g['D'], g['batch_size']) == (0.4, 30, 20, 8)
+    assert g['GIVEN'] == ('lr',)
+    assert text.getvalue() == 'recipe of --teacher=maskgit: --steps=30\n'
+    assert out_folder('', 'ours') == 'out' and out_folder('', 'maskgit') == 'out/maskgit'
+    assert out_folder('here', 'maskgit') == 'here'
+
+
+def test_help_prints_the_block():
+    for script in (tokenizer, model, distill, gan, reward, sample, tteo):
+        with capture() as text:
+            try:
+                configure(dict(vars(script)), argv=['--help'])
+            except SystemExit as end:
+                assert end.code == 0
+        assert f'python {script.__name__}.py' in text.getvalue()
+        assert 'seed = 0     ' in text.getvalue()
+
+
+def test_batch_must_divide():
+    assert split_batch(32, 0, 2) == (16, 1)
+    assert split_batch(32, 8, 2) == (8, 2)
+    wanted = 'batch_size 100', '8 process(es) x 16 per process = 128', '--batch_size=128'
+    with exits_with(*wanted):
+        split_batch(100, 16, 8)
+
+
+# -----------------------------------------------------------------------------
+# The shapes world
+
+def test_image_i_is_the_same_on_every_machine():
+    images, captions = world.draw(range(64))
+    pixels = ((images + 1) * 127.5).round().byte().numpy().tobytes()
+    text = '\n'.join(captions).encode()
+    digest = hashlib.sha256(pixels + text).hexdigest()
+    assert digest[:16] == '36667cf50aa97aa4', digest
+    again, names = world.draw([5, 63, 5])
+    assert torch.equal(again[1], images[63])
+    assert torch.equal(again[0], again[2]) and names[0] == captions[5]
+    large, names = world.draw(range(64), scale=2)          # the same at twice the size
+    assert names == captions
+    assert (F.avg_pool2d(large, 2) - images).abs().max() < 0.1
+    assert world.check(large, names).all()
+
+
+def test_drawing_10000_images_takes_seconds():
+    start = time.process_time()                            # the machine may be busy
+    images, captions = world.draw(range(10_000))
+    seconds = time.process_time() - start
+    print(f'    10,000 images in {seconds:.1f} s')
+    assert seconds < 30
+    assert images.shape == (10_000, 3, 32, 32) and images.abs().max() <= 1
+    assert set(' '.join(captions).split()) == set(world.WORDS)     # none unknown, none unused
+    assert max(len(c.split()) for c in captions) == world.CAPTION_LENGTH
+
+
+def test_checker_accepts_real_images_and_rejects_wrong_ones():
+    images, captions = world.draw(range(world.HELD_OUT, world.HELD_OUT + 3000))
+    u = np.random.RandomState(0).rand(3000)
+    wrong = [world.wrong_caption(caption, number) for caption, number in zip(captions, u)]
+    tasks = np.array([world.parse_caption(caption)[0] for caption in captions])
+    right = world.check(images, captions)
+    accepted = world.check(images, wrong)
+    for task in world.TASKS:
+        at = tasks == task
+        yes = right[at].mean()
+        no = accepted[at].mean()
+        print(f'    {task:14s} real accepted {yes:.3f}, wrong {no:.3f} ({at.sum()} images)')
+        assert at.sum() > 300 and yes >= 0.95 and no <= 0.05
+    exchanged = [sorted(w.split()) == sorted(c.split()) for w, c in zip(wrong, captions)]
+    assert np.mean(exchanged) > 0.05                       # as 'a red circle above a blue square'
+    empty = torch.full((1, 3, 32, 32), -0.8)               # nothing there: no mode is covered
+    assert not world.check(empty, [RED])[0]
+    assert world.factors(empty, ['four red circles'])['groups'] == 0.5
+
+
+FACTORS = {'size', 'pairs', 'color pairs', 'groups', 'position', 'color', 'shape', 'background'}
+
+
+@functools.cache
+def objects_of(data='shapes', n=3000):
+    """Held-out renders, their captions, and what `look` finds, `alone` for an image's only one."""
+    index = range(world.HELD_OUT, world.HELD_OUT + n)
+    images, captions = world.draw(index, open_background=data == 'shapes-open')
+    found = world.look(images)
+    number = np.bincount(found['image'], minlength=n)
+    found['alone'] = number[found['image']] == 1
+    return images, captions, found
+
+
+def modes(found):
+    """One mode of each factor -> which objects show it: the large, blue, circles, the upper."""
+    return {'size': found['size'] == 1, 'color': found['color'] == 2, 'shape': found['shape'] == 0,
+            'position': found['alone'] & (found['row'] < 16)}
+
+
+def factors_of(keep, images, captions, data='shapes-open'):
+    """The distances of some of the images."""
+    return world.factors(images[keep], [captions[k] for k in keep], data)
+
+
+def test_real_renders_follow_the_known_law_of_every_factor():
+    for data in world.WORLDS:
+        images, captions, _ = objects_of(data)
+        truth = world.factors(images, captions, data)
+        print(f'    {data}: ' + ', '.join(f'{k} {v:.3f}' for k, v in truth.items()))
+        assert set(truth) == FACTORS
+        assert max(truth.values()) < 0.06
+
+
+def test_factors_see_a_dropped_mode():
+    images, captions, found = objects_of('shapes-open')
+    for factor, shown in modes(found).items():
+        keep = np.setdiff1d(range(3000), found['image'][shown])
+        distance = factors_of(keep, images, captions)
+        assert distance[factor] > 0.2, (factor, distance)
+    keep = np.flatnonzero(found['background'] != 1)
+    for data in world.WORLDS:
+        assert factors_of(keep, images, captions, data)['background'] > 0.2
+
+
+def test_factors_see_objects_that_agree_with_each_other():
+    images, captions, found = objects_of('shapes-open')
+
+    def alike(factor, tasks):
+        """The distances once the objects of an image agree in a factor, whose values stay free."""
+        mixed = []
+        for i, caption in enumerate(captions):
+            task, objects, _ = world.parse_caption(caption)
+            values = found[factor][found['image'] == i]
+            if task in tasks and len(objects) > 1 and np.ptp(values) > 0:
+                mixed.append(i)
+        return factors_of(np.setdiff1d(range(3000), mixed), images, captions)
+
+    sizes = alike('size', world.TASKS)
+    colors = alike('color', ('two_object',))
+    assert sizes['pairs'] == 0.5 and sizes['groups'] > 0.7 and sizes['size'] < 0.06
+    assert colors['color pairs'] == 0.75 and colors['color'] < 0.06
+
+
+def test_toy_features_react_to_every_factor():
+    images, _, found = objects_of(n=8000)
+    reference = metrics.toy_features(images[:3000])
+    new = images[3000:]
+    changed = dict(real=new, moved=torch.roll(new, 1, 3), recoloured=new[:, [1, 0, 2]],
+                   blurred=F.avg_pool2d(new, 3, 1, 1),
+                   background=objects_of('shapes-open', 4000)[0][3000:])
+    for factor, shown in modes(found).items():
+        kept = new[np.setdiff1d(range(5000), found['image'][shown] - 3000)]
+        assert len(kept) >= 1000
+        changed[f'no {factor}'] = kept
+    rows = {}
+    for name, some in changed.items():
+        features = metrics.toy_features(some[:1000])       # as many for all: the same bias
+        rows[name] = metrics.frechet_distance(features, reference)
+    print('    ' + ', '.join(f'{name} {value:.1f}' for name, value in rows.items()))
+    floor = rows.pop('real')
+    assert all(value > 1.5 * floor for value in rows.values())
+
+
+def test_captions_are_parsed_by_the_grammar():
+    wanted = {
+        'a red circle left of a blue square':
+            ('position', [('red', 'circle'), ('blue', 'square')], 'left of'),
+        'three green squares': ('counting', [('green', 'square')] * 3, ''),
+        'a circle': ('single_object', [('', 'circle')], ''),
+        'a yellow shape': ('colors', [('yellow', '')], '')}
+    for caption, parts in wanted.items():
+        assert world.parse_caption(caption) == parts
+
+
+def test_unknown_words_are_explained_with_their_neighbours():
+    outside = {
+        'a red red': 'three green squares',
+        'a circle and a square and a cross': 'outside the grammar',
+        'two red circles and a blue square': 'a number stands alone',
+        'two circles left of a square': 'a number stands alone',
+        'two circles and two squares': 'a number stands alone'}
+    for caption, words in outside.items():
+        with exits_with('outside the grammar', words):
+            world.parse_caption(caption)
+    with exits_with("unknown word 'cirle'", 'nearest known: circle'):
+        word_ids(['a cirle'], world.WORDS, 8)
+    with exits_with('known: cat, dog'):
+        word_ids(['xyzzy'], ('cat', 'dog'), 8)
+    with exits_with('9 words', 'at most 8'):
+        word_ids(['a ' * 9], world.WORDS, 8)
+
+
+# -----------------------------------------------------------------------------
+# Folders of images
+
+def test_folder_reads_every_mode_and_names_bad_files_once(tmp_path):
+    picture_folder(tmp_path)
+    source = open_data(tmp_path, 16)
+    assert source.words == ('cat', 'dog') and source.length == 14 and source.caption_length == 1
+    with capture() as text:
+        source.batch(range(14))
+        source.batch(range(14))
+    assert [os.path.basename(path) for path in source.bad] == ['truncated.png', 'notes.txt']
+    assert text.getvalue().count('skipped') == 2
+    assert all(f'skipped {path}: ' in text.getvalue() for path in source.bad)
+    good = [i for i in range(14) if not source.is_bad(i)]
+    pixels, captions = source.batch(good)
+    assert pixels.shape == (12, 3, 16, 16) and captions.count('cat') == 6
+    assert source.batch(range(14))[0].shape == (14, 3, 16, 16)     # good ones instead of bad ones
+
+
+def test_grey_of_16_bits_and_transparency_are_seen_as_they_are_meant(tmp_path):
+    picture_folder(tmp_path)
+    grey = read_image(f'{tmp_path}/cat/grey.png', 16)
+    grey16 = read_image(f'{tmp_path}/dog/grey16.png', 16)
+    clear = read_image(f'{tmp_path}/dog/alpha.png', 16)
+    assert (grey == grey16).all() and np.ptp(grey) > 20 and grey.shape == (16, 16, 3)
+    assert (clear == 255).all()                            # fully transparent shows white
+
+
+def test_folder_problems_are_explained(tmp_path):
+    with exits_with('no such folder', "'shapes'"):
+        open_data(f'{tmp_path}/nowhere', 32)
+    with exits_with('no files found', 'sub-folders'):
+        open_data(tmp_path, 32)
+    for k in range(8):
+        with exits_with('expected at least 8'):
+            open_data(tmp_path, 32)
+        open(f'{tmp_path}/{k}.txt', 'w').write('x')
+    with capture() as text:
+        flat = open_data(tmp_path, 32)                     # a flat folder is one class
+    assert 'single class' in text.getvalue()
+    with capture(), exits_with('not one of its 8 files'):
+        flat.batch([0])
+    with exits_with('multiples of 32 pixels, not 48', '--image_size=64'):
+        open_data('shapes', 48)
+    with exits_with('the model knows 1 (cat'):
+        open_data('shapes', 32, expected=['cat'])
+
+
+def test_numbered_classes_are_in_the_order_of_their_values_and_loose_files_left_out(tmp_path):
+    for k in range(8):
+        open(f'{tmp_path}/{k}.txt', 'w').write('x')
+    for name in ('10', '9', 'b'):
+        os.makedirs(f'{tmp_path}/{name}')
+        for k in range(4):
+            open(f'{tmp_path}/{name}/{k}', 'w').write('x')
+    os.makedirs(f'{tmp_path}/empty')
+    with capture() as text:
+        source = open_data(tmp_path, 32)
+    assert source.words == ('9', '10', 'b')
+    assert '8 files' in text.getvalue() and 'left out' in text.getvalue()
+
+
+def test_deep_grey_images_keep_their_range(tmp_path):
+    grey = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    deep = [grey, grey * 255, (grey * 255).astype(np.int32), (grey * 65535).astype(np.int32)]
+    for k, pixels in enumerate(deep):
+        path = f'{tmp_path}/{k}.tif'
+        Image.fromarray(pixels).save(path)
+        seen = read_image(path, 8)[..., 0].astype(int)
+        assert abs(seen - grey * 255).max() <= 1.5, k
+
+
+def test_token_cache_is_never_stale(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    vq = small_tokenizer()
+
+    def encode(flips=False):
+        """-> rows of the table, caches that there are now."""
+        tokens = token_data(open_data(f'{tmp_path}/data', 16), vq, tmp_path, CPU, flips=flips)
+        assert isinstance(tokens, np.memmap) and tokens.shape[1] == 17
+        return len(tokens), len(glob.glob(f'{tmp_path}/tokens-*.npy'))
+
+    assert encode() == (12, 1)
+    assert encode() == (12, 1)                             # used again
+    Image.new('RGB', (20, 20), 'red').save(f'{tmp_path}/data/dog/new.png')
+    assert encode() == (13, 2)
+    vq.codebook.weight.data += 1
+    assert encode() == (13, 3)
+    assert encode(flips=True) == (26, 4)
+
+
+def test_encoding_uses_small_integers_and_mirrors(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    bits = mini_tokenizer('maskbit')
+    source = open_data(f'{tmp_path}/data', 16)
+    table = token_data(source, bits, tmp_path, CPU, 5, flips=True)
+    assert table.shape == (24, 33) and table.dtype == np.int8 and isinstance(table, np.memmap)
+    good = [i for i in range(14) if not source.is_bad(i)]
+    images = source.batch(good)[0]
+    assert np.array_equal(table[::2, :32], bits.encode(images).numpy())
+    assert np.array_equal(table[1::2, :32], bits.encode(images.flip(-1)).numpy())
+
+
+def test_interrupted_encoding_resumes(tmp_path):
+    picture_folder(f'{tmp_path}/data')
+    bits = mini_tokenizer('maskbit')
+
+    def encode(name):
+        source = open_data(f'{tmp_path}/data', 16)
+        return token_data(source, bits, f'{tmp_path}/{name}', CPU, 5, flips=True)
+
+    whole = encode('whole')
+    first = open_data(f'{tmp_path}/data', 16).batch(range(5))[0]
+    ids = [bits.encode(first), bits.encode(first.flip(-1)), bits.encode(first)]
+    with mock.patch.object(bits, 'encode', side_effect=[*ids, KeyboardInterrupt]):
+        with contextlib.suppress(KeyboardInterrupt):       # in the second of three batches
+            encode('again')
+    assert not glob.glob(f'{tmp_path}/again/*.npy')
+    with mock.patch.object(bits, 'encode', side_effect=bits.encode) as spy, capture() as text:
+        table = encode('again')
+    assert '2 of 14 files were skipped' in text.getvalue()
+    assert spy.call_count == 4                             # two batches, each with its mirror images
+    assert np.array_equal(table, whole)
+    assert len(os.listdir(f'{tmp_path}/again')) == 1       # no leftovers
+
+
+def test_every_source_has_the_same_members(tmp_path):
+    picture_folder(tmp_path)
+    for source in (open_data('shapes', 32, 64), open_data(tmp_path, 32)):
+        index = source.examples(5)
+        with capture():                                    # which names the bad files
+            images, captions = source.batch(index)
+        assert images.shape == (5, 3, 32, 32) and images.abs().max() <= 1
+        ids = word_ids(captions, source.words, source.caption_length)
+        assert ids.shape == (5, source.caption_length)
+        assert captions_of(ids, source.words) == captions
+        assert json.loads(json.dumps(source.key())) == source.key()
+        for chosen in (source.training_examples(8), source.test_examples(8)):
+            assert len(chosen) == 8
+        assert max(source.training_examples(8)) < source.limit
+        reference, others, name = source.reference_split(6)
+        assert len(reference) == 6 and not set(reference) & set(others) and '6 ' in name
+        for caption in captions:
+            assert source.wrong_caption(caption, 0.5) != caption
+        assert set(source.tasks(captions)) <= set(source.task_names or [''])
+        assert set(source.factors(images, captions)) <= FACTORS
+        if source.judges:
+            assert source.follows(images, captions).all()
+
+
+# -----------------------------------------------------------------------------
+# The training of the tokenizer
+
+CHOSEN = """
+import torch
+def bincount(ids, minlength):
+    return torch.arange(minlength).sub(3).abs()
+torch.bincount = bincount
+"""
+DRAWN = """
+import common.world as world
+real = world.draw
+def draw(index, *options):
+    print('drawn', len(index), min(index), max(index))
+    return real(index, *options)
+world.draw = draw
+"""
+
+
+def test_codes_without_use_or_beside_a_busier_one_move_and_no_others(tmp_path):
+    expected = {0.0: [3], 1e9: list(range(31))}            # how often: 3 2 1 0 1 ... 28
+    for apart, codes in expected.items():
+        must_run('tokenizer.py', f'--out_dir={tmp_path}', '--lr=0', '--steps=52', '--save_every=49',
+                 f'--apart={apart}', before=CHOSEN)
+        before = torch.load(f'{tmp_path}/tokenizer.prev.pt')['net']    # of step 49
+        after = torch.load(f'{tmp_path}/tokenizer.pt')['net']          # of step 52
+        moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
+        assert moved.nonzero()[:, 0].tolist() == codes
+        same(before, after)
+
+
+def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment(tmp_path):
+    text = must_run('tokenizer.py', '--commitment=0', '--steps=8', f'--out_dir={tmp_path}',
+                    before=DRAWN)
+    calls = re.findall(r'drawn (\d+) (\d+) (\d+)', text)
+    trained = [(int(first), int(last)) for n, first, last in calls if n == '8']
+    assert len(trained) == 8                               # a batch of 8 per update
+    for first, last in trained:
+        assert 0 <= first <= last < world.HELD_OUT
+    state = torch.load(f'{tmp_path}/tokenizer.pt')
+    number = list(state['net']).index('codebook.weight')
+    momentum = state['optimizer']['state'][number]['exp_avg']
+    assert momentum.abs().max() > 0                        # the codebook's own term has no weight
+
+
+# -----------------------------------------------------------------------------
+# Seeds, optimizers
+
+def test_micro_batches_draw_the_same_numbers_however_processes_share_them():
+    alone = SimpleNamespace(rank=0, accumulate=4, device=CPU)
+    second_of_two = SimpleNamespace(rank=1, accumulate=2, device=CPU)
+    numbers = [torch.rand(3, generator=micro_rng(7, 5, k, alone)) for k in range(4)]
+    shared = [torch.rand(3, generator=micro_rng(7, 5, k, second_of_two)) for k in range(2)]
+    same(numbers[2:], shared)
+    further = torch.rand(3, generator=micro_rng(7, 5, 2, alone, 'fresh'))
+    assert len({x.sum().item() for x in (*numbers, further)}) == 5
+
+
+def test_muon_equals_torchs():
+    shapes = ((6, 4), (4, 4), (4, 9), (6, 4))
+    ours = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = Muon(ours, 0.1, 0.01, 0.8)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, momentum=0.8)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs):
+        moved = (b - 1).norm()
+        assert moved > 0.1 and (a - b).norm() < 0.02 * moved           # torch's is in bfloat16
+
+
+def test_ema_is_the_weighted_mean_and_starts_fast():
+    for step, decay in ((10 ** 6, 0.9), (0, 0.1)):
+        average = small_model()
+        network = small_model()
+        network.bias.data += 1
+        expected = decay * average.bias + (1 - decay) * network.bias
+        ema_update(average, network, 0.9, step)
+        assert torch.allclose(average.bias, expected)
+
+
+def test_gradients_are_averaged_then_clipped():
+    expected = {1.0: [-0.6, 0.0, -0.8], 0.0: [-3.0, 0.0, -4.0]}        # 0: no limit
+    for clip, moved in expected.items():
+        p = torch.nn.Parameter(torch.zeros(3))
+        p.grad = torch.tensor([6.0, 0.0, 8.0])             # the sum of two micro-batches
+        norm = apply_gradients([p], [torch.optim.SGD([p], 1.0)], 2, clip)
+        assert norm == 5
+        assert torch.allclose(p.data, torch.tensor(moved), atol=1e-4)
+
+
+def test_other_optimizers_than_the_saved_ones_are_explained():
+    def made(muon_lr):
+        return dict(net=make_optimizers(small_model(), muon_lr, 1e-3, (0.9, 0.99)))
+
+    states = optimizer_states(made(0.01))
+    states[0]['param_groups'][0]['fused'] = True           # as saved on a GPU
+    optimizers = made(0.01)
+    restore_optimizers(optimizers, states, 'x.pt')
+    assert optimizers['net'][0].param_groups[0]['fused'] is False
+    with exits_with('x.pt: its optimizers', 'Muon'):
+        restore_optimizers(made(0), states, 'x.pt')
+
+
+# -----------------------------------------------------------------------------
+# Metrics
+
+def test_frechet_distance_equals_scipys_and_its_closed_forms():
+    source = rng()
+
+    def normal(*shape):
+        return torch.randn(shape, generator=source, dtype=torch.float64)
+
+    x = normal(400, 8) @ normal(8, 8)
+    y = normal(400, 8) @ normal(8, 8)
+    s1 = np.cov(x.T.numpy())
+    s2 = np.cov(y.T.numpy())
+    gap = (x.mean(0) - y.mean(0)).square().sum().item()
+    expected = gap + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert abs(metrics.frechet_distance(x, y) - expected) < 1e-6 * expected
+    assert abs(metrics.frechet_distance(x, x + 3) - 8 * 9) < 1e-6      # equal covariances
+    thin = x[:5]                                           # five points: covariances of rank 4
+    moments = thin.float().numpy().mean(0), np.cov(thin.T.numpy())
+    assert abs(metrics.frechet_distance(thin, thin)) < 1e-9
+    assert abs(metrics.frechet_distance(thin, moments)) < 1e-6
+
+
+def test_what_is_measured_is_held_out_and_apart_from_its_reference():
+    source = open_data('shapes', 32)
+    with mock.patch.object(source, 'batch', wraps=source.batch) as drawn:
+        metrics.Reference(source, 10).prompts(20)
+    reference, measured = [{int(i) for i in call.args[0]} for call in drawn.call_args_list]
+    assert len(reference) == 10 and len(measured) == 20
+    assert min(reference | measured) >= world.HELD_OUT
+    assert not reference & measured
+
+
+def test_precision_and_recall_of_known_sets():
+    source = rng()
+    real = torch.randn(1200, 4, generator=source, dtype=torch.float64)
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(real, real + 100) == (0.0, 0.0)
+    noise = torch.randn(500, 4, generator=source, dtype=torch.float64)
+    precision, recall = metrics.precision_recall(real, real[:1] + 1e-4 * noise)    # collapsed
+    assert precision > 0.95 and recall < 0.05
+    fake = real[:300] + 0.5
+    radius = torch.cdist(real, real).sort(1).values[:, 3]
+    brute = (torch.cdist(fake, real) < radius).any(1).double().mean()
+    assert abs(metrics.precision_recall(real, fake)[0] - brute) < 1e-12
+    far = [(1000 + x).float() for x in (real, fake)]       # float32, far from zero
+    exact = [x.double() for x in far]
+    assert metrics.precision_recall(*far) == metrics.precision_recall(*exact)
+
+
+def test_partial_sums_of_features_merge_to_one_pass():
+    x = torch.randn(700, 12, dtype=torch.float64) * 3 + 5
+    moments = metrics.Moments(12)
+    for part in x.split(90):
+        moments.add(part)
+    mean, covariance = moments.result()
+    assert torch.allclose(mean, x.mean(0))
+    assert torch.allclose(covariance, torch.cov(x.T))
+    y = torch.randn(500, 12, dtype=torch.float64)
+    of_moments = metrics.frechet_distance((mean, covariance), y)
+    assert abs(of_moments - metrics.frechet_distance(x, y)) < 1e-6
+
+
+def test_inception_score_of_uniform_is_1_and_of_balanced_one_hots_is_the_number_of_classes():
+    assert abs(metrics.inception_score(torch.full((100, 8), 1 / 8)) - 1) < 1e-9
+    labels = metrics.balanced_labels(8000, 8, 0)
+    assert torch.bincount(labels).eq(1000).all()
+    assert not torch.equal(labels[:8], torch.arange(8))
+    one_hots = F.one_hot(labels, 8).float()
+    assert abs(metrics.inception_score(one_hots, 4000) - 8) < 1e-6
+    in_order = F.one_hot(labels.sort().values, 8).float()
+    assert metrics.inception_score(in_order, 1000) < 1.01  # why the order is random
+
+
+def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 4, 4, 3), dtype=np.uint8)
+    one = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def network(x):
+        """uint8 images -> three features, two equal probabilities."""
+        return x.float().mean((2, 3)), torch.ones(len(x), 2) / 2
+
+    def decode(tokens, captions):
+        assert len(tokens) == len(captions)
+        return one.expand(len(tokens), -1, -1, -1)
+
+    def encode(captions):
+        return torch.tensor([int(caption) for caption in captions])
+
+    def draw(cond, rngs):
+        return cond
+
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(batch=2, decode=decode), encode=encode,
+                             device=CPU)
+    captions = [str(k) for k in range(12)]
+    reference = dict(mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
+    row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5)
+    assert set(row) == {'FID@12', 'IS', 'precision', 'recall'}
+    assert row['precision'] == 1 and row['recall'] == 0
+
+
+def test_a_file_that_is_no_inception_network_is_explained(tmp_path):
+    torch.save({}, f'{tmp_path}/net.pth')
+    with exits_with('net.pth', 'TorchScript'):
+        metrics.load_inception(f'{tmp_path}/net.pth', 'cpu')
+
+
+# -----------------------------------------------------------------------------
+# Published transformers and tokenizers
+
+def conditions(network, inputs):
+    """By the golden files' names: labels as they are, some of them dropped, all of them."""
+    labels = inputs['labels']
+    some = torch.where(inputs['drop_label'], network.n_words, labels)
+    return {'cond': labels, 'drop': some, 'uncond': network.null(labels)}
+
+
+def subcodes(index, bits):
+    """Full indices (B, L) -> the two sub-token ids of every position (B, 2 L), low bits first."""
+    half = bits // 2
+    return torch.stack([index % 2 ** half, index >> half], -1).flatten(1)
+
+
+@torch.no_grad()
+def test_maskgit_transformer_equals_the_golden_logits():
+    file = golden('maskgit_transformer')
+    tokens = file['inputs']['tokens'].flatten(1)
+    outputs = dict(cond='logits', drop='logits_drop', uncond='logits_all_drop')
+    students = file['checkpoint']['model_state_dict']      # flat, as Di[M]O's student
+    for weights in (file['checkpoint'], students):
+        network = MDM.from_pretrained('maskgit', weights, n_head=4)
+        for name, cond in conditions(network, file['inputs']).items():
+            expected = file['outputs'][outputs[name]][..., :32]        # the mask's logit dropped
+            near(network(tokens, cond), expected)
+            near(network(tokens, cond[:, None]), expected)
+
+
+@torch.no_grad()
+def test_maskbit_generators_equal_the_golden_logits():
+    for file_name, bits in (('maskbit_generator', 6), ('maskbit_generator_14bit', 14)):
+        file = golden(file_name)
+        outputs = file['outputs']
+        tokens = file['inputs']['tokens'].flatten(1)
+        split = subcodes(file['inputs']['index'], bits)
+        assert torch.equal(split, outputs['split'].flatten(1))
+        for prefix in ('input_proj', 'token_emb'):         # the latter in some released files
+            weights = {}
+            for key, value in file['state_dict'].items():
+                weights[key.replace('input_proj', prefix)] = value
+            network = MDM.from_pretrained('maskbit', weights, n_head=4)
+            bits_in = F.embedding(tokens, network.codes).view(3, 16, bits)
+            assert torch.equal(bits_in, outputs['bits_in'])
+            for name, cond in conditions(network, file['inputs']).items():
+                near(network(tokens, cond), outputs[f'logits_{name}'].flatten(1, 2))
+
+
+def test_taming_vqgan_equals_the_golden_images():
+    file = golden('taming_vqgan')
+    inputs = file['inputs']
+    outputs = file['outputs']
+    vqgan = Tokenizer.from_pretrained('maskgit', file['checkpoint'])
+    near(vqgan.decode(inputs['code'].flatten(1)), outputs['image_from_code'])
+    near(vqgan.latents(inputs['image']), outputs['encoder_out'].flatten(2).transpose(1, 2))
+    assert torch.equal(vqgan.encode(inputs['image']), outputs['indices'].flatten(1))
+
+
+def test_maskbit_tokenizers_equal_the_golden_images():
+    for name in ('maskbit_tokenizer', 'maskbit_tokenizer_3level'):
+        file = golden(name)
+        inputs = file['inputs']
+        outputs = file['outputs']
+        bits = Tokenizer.from_pretrained('maskbit', file['state_dict'])
+        images = inputs['image'] * 2 - 1                   # the file's lie in [0, 1]
+        near(bits.latents(images).view(2, -1, 6), outputs['encoder_out'].flatten(2).transpose(1, 2))
+        ids = bits.encode(images)
+        assert torch.equal(ids, subcodes(outputs['indices'].flatten(1), 6))
+        codes = F.embedding(ids, bits.codes).view(2, -1, 6)
+        assert torch.equal(codes, outputs['quantised'].flatten(2).transpose(1, 2))
+        near((bits.decode(ids) + 1) / 2, outputs['reconstruction'])
+        again = bits.decode(subcodes(inputs['indices'], 6))
+        near((again + 1) / 2, outputs['image_from_indices'])
+
+
+def test_sampling_plans_equal_the_golden_tables():
+    tables = golden('schedules')
+    assert len(tables['maskgit']) > 0
+    for name, table in tables['maskgit'].items():
+        expected = torch.as_tensor(table['tokens_unmasked_at_step']).tolist()
+        assert reveal_counts(len(expected), sum(expected)) == expected, name
+    released = {'14bit_64steps': (7.1, 3.0), '14bit_128steps': (7.1, 3.0),
+                '14bit_256steps': (5.8, 3.0), '10bit_64steps': (6.4, 2.5)}
+    for name, (scale, power) in released.items():
+        table = tables['maskbit'][name]
+        masked = table['masked_before_step'].tolist()
+        plan = sampling_plan(len(masked), 512, 'maskbit', power)
+        assert plan.counts == [a - b for a, b in zip(masked, masked[1:] + [0])]
+        guidance = scale * torch.tensor(plan.guidance)
+        assert (guidance - table['guidance_scale']).abs().max() < 1e-5
+        assert plan.noise[-1] == 0
+
+
+def parameters_of(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_published_sizes_have_the_published_parameter_counts():
+    unused = 257 * 2026 - 256 * 1024                       # biases of MaskGIT that we drop
+    bit_totals = {5: 304_728_128, 7: 304_929_024, 9: 305_720_320}      # by the bits of a token
+    with torch.device('meta'):
+        maskgit = MDM(**TRANSFORMERS['maskgit'])
+        assert parameters_of(maskgit) == 174_160_874 - unused
+        for bits, total in bit_totals.items():
+            sizes = dict(TRANSFORMERS['maskbit'], V=2 ** bits, bits=bits)
+            assert parameters_of(MDM(**sizes)) == total
+        vqgan = Tokenizer(**TOKENIZERS['maskgit'])
+        assert parameters_of(vqgan) == 72_141_699
+        bits = Tokenizer(**TOKENIZERS['maskbit'])
+        assert parameters_of(bits) == 54_489_489 and (bits.N, bits.V) == (512, 128)
+
+
+def test_other_sizes_of_transformers_are_read_off_the_shapes():
+    sizes_of = [
+        ('maskgit', dict(N=9, V=64, D=48, depth=1, mlp=100, n_words=7, n_head=3)),
+        ('maskgit', dict(N=4, V=512, n_words=1000, D=16, n_head=2)),
+        ('maskgit', dict(V=1024, n_words=300)),
+        ('maskgit', dict(V=128, n_words=1000)),
+        ('maskbit', dict(N=50, V=32, bits=5, D=24, depth=3, n_head=3, mlp=17)),
+        ('maskbit', dict(N=9, V=16, bits=4, S=1)),
+        ('maskbit', dict(N=27, V=8, bits=3, S=3)),
+        ('maskbit', dict(N=18, V=512, bits=9, n_words=1000))]
+    for kind, sizes in sizes_of:
+        network = mini(kind, **sizes)
+        weights = published(network, kind)
+        again = MDM.from_pretrained(kind, weights, n_head=sizes.get('n_head'))
+        assert again.config == network.config
+        ids = torch.randint(network.V + 1, (2, network.N))
+        cond = torch.randint(7, (2, 1))
+        assert torch.equal(network(ids, cond), again(ids, cond))
+
+
+def test_the_number_of_codes_in_a_maskgit_file_is_a_guess_that_can_be_told():
+    odd = mini('maskgit', V=24, n_words=5)
+    weights = published(odd, 'maskgit')
+    assert MDM.from_pretrained('maskgit', weights, V=24).config == odd.config
+    with exits_with('V + K + 2 with V = 0'):
+        MDM.from_pretrained('maskgit', weights, V=0)
+    with capture() as text:
+        MDM.from_pretrained('maskgit', weights)
+    assert 'is a guess' in text.getvalue()
+
+
+def test_other_sizes_of_tokenizers_are_read_off_the_shapes():
+    sizes_of = [
+        ('maskgit', dict(ch_mult='2,1', attention='0,1,mid', n_res=2, up=3, z=4, n_codes=10)),
+        ('maskgit', dict(ch_mult='1,3,2,2', attention='mid')),
+        ('maskbit', dict(ch_mult='3,1,2', n_res=2, up=2, mid=3)),
+        ('maskbit', dict(code_dim=9, n_codes=512)),
+        ('maskbit', dict(code_dim=5, S=1, n_codes=32))]
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    for kind, sizes in sizes_of:
+        made = mini_tokenizer(kind, **sizes)
+        again = Tokenizer.from_pretrained(kind, published(made, kind), made.grid)
+        assert again.config == made.config
+        ids = torch.randint(made.V, (2, made.N))
+        assert torch.equal(made.decode(ids), again.decode(ids))
+        assert torch.equal(made.encode(images), again.encode(images))
+
+
+def test_loading_copies_the_weights_and_reads_files_folders_and_dicts_alike(tmp_path):
+    weights = published(mini('maskbit'), 'maskbit')
+    file = f'{tmp_path}/generator.bin'
+    old = f'{tmp_path}/old.bin'
+    torch.save(weights, file)
+    torch.save(weights, old, _use_new_zipfile_serialization=False)
+    networks = [MDM.from_pretrained('maskbit', source) for source in (file, old, weights)]
+    os.remove(old)
+    networks.append(MDM.from_pretrained('maskbit', tmp_path))
+    for network in networks[1:]:
+        same(network.state_dict(), networks[0].state_dict())
+    kept = weights['pos_emb'].clone()
+    for network in networks:
+        network.pos_emb.data += 1                          # training touches neither dict nor file
+    assert torch.equal(weights['pos_emb'], kept)
+    assert torch.equal(MDM.from_pretrained('maskbit', tmp_path).pos_emb, kept)
+    zeros = {key: value * 0 for key, value in weights.items()}
+    torch.save(zeros, file)
+    assert torch.equal(networks[0].pos_emb, kept + 1)      # no mapping of the file is left
+
+
+LOADERS = [(MDM.from_pretrained, 'maskgit', mini), (MDM.from_pretrained, 'maskbit', mini),
+           (Tokenizer.from_pretrained, 'maskgit', mini_tokenizer),
+           (Tokenizer.from_pretrained, 'maskbit', mini_tokenizer)]
+
+
+def test_a_file_of_another_kind_is_explained(tmp_path):
+    paths = []
+    for k, (_, kind, make) in enumerate(LOADERS):
+        paths.append(f'{tmp_path}/{k}.pt')
+        torch.save(published(make(kind), kind), paths[k])
+    for k, (load, kind, _) in enumerate(LOADERS):
+        for path in paths[:k] + paths[k + 1:]:
+            with exits_with(path, 'expected', kind, 'right file'):
+                load(kind, path)
+        with exits_with("'magic'", 'maskgit, maskbit'):
+            load('magic', paths[k])
+
+
+def test_lost_changed_and_foreign_weights_are_explained():
+    for load, kind, make in LOADERS:
+        weights = published(make(kind), kind)
+        flat = weights.get('model_state_dict', weights)
+        for key in list(flat)[::7]:
+            lost = dict(flat)
+            del lost[key]
+            changed = {**flat, key: flat[key][..., None]}
+            for broken in (lost, changed):
+                with exits_with('the given dict', 'expected'):
+                    load(kind, broken)
+        with exits_with('no place', 'foreign.weight'):
+            load(kind, {**flat, 'foreign.weight': torch.ones(1)})
+        with exits_with('no tensors'):
+            load(kind, {})
+    with exits_with('no tensors'):
+        MDM.from_pretrained('maskgit', {'state_dict': None, 5: torch.ones(1)})
+
+
+def test_files_that_are_truncated_missing_or_no_weights_are_explained(tmp_path):
+    whole = f'{tmp_path}/whole.pt'
+    half = f'{tmp_path}/half.pt'
+    text = f'{tmp_path}/text.pt'
+    open(text, 'w').write('<html>')
+    for load, kind, make in LOADERS:
+        torch.save(published(make(kind), kind), whole)
+        content = open(whole, 'rb').read()
+        open(half, 'wb').write(content[:len(content) // 2])
+        with exits_with(half, 'truncated'):
+            load(kind, half)
+        with exits_with(text, 'not a weight file'):
+            load(kind, text)
+        with exits_with(f'{tmp_path}: holds', 'weight files', 'name the file'):
+            load(kind, tmp_path)
+        with exits_with(f'{tmp_path}/nowhere.pt: no such file'):
+            load(kind, f'{tmp_path}/nowhere.pt')
+
+
+def test_widths_that_do_not_fit_are_explained():
+    narrow = published(mini('maskgit', D=24, n_head=3), 'maskgit')
+    with exits_with('16 heads', 'n_head'):
+        MDM.from_pretrained('maskgit', narrow)
+    with exits_with('-4 heads', 'n_head'):
+        MDM.from_pretrained('maskgit', narrow, n_head=-4)
+    odd = published(mini_tokenizer('maskbit'), 'maskbit')
+    odd['encoder.conv_in.weight'] = torch.ones(33, 3, 3, 3)
+    with exits_with('the given dict: encoder.conv_in', '33', 'right file'):
+        Tokenizer.from_pretrained('maskbit', odd)
+
+
+class Callback:
+    """A foreign class, as a Lightning checkpoint carries one."""
+
+    def __init__(self, path):
+        self.path = path
+        self.best = torch.ones(2)
+
+
+class Settings(dict):
+    """Another, which a file fills item by item."""
+
+
+def test_foreign_classes_become_inert(tmp_path):
+    vqgan = mini_tokenizer('maskgit')
+    weights = {**published(vqgan, 'maskgit'), 'loss.perceptual.weight': torch.ones(3)}
+    callbacks = {Callback: Callback(tmp_path), 'score': np.float64(0.5)}
+    path = f'{tmp_path}/last.ckpt'
+    torch.save(dict(epoch=1, callbacks=callbacks, hyper=Settings(lr=1), state_dict=weights), path)
+    built = AssertionError('a foreign class was built')
+    with mock.patch.object(Callback, '__new__', side_effect=built):
+        again = Tokenizer.from_pretrained('maskgit', path)
+    same(again.state_dict(), vqgan.state_dict())
+
+
+def test_distillation_freezes_the_embedding_tables_of_both_layouts():
+    tables = {'maskgit': {'tok_emb.weight', 'cond_emb.weight'},
+              'maskbit': {'input_proj.weight', 'input_proj.bias', 'cond_emb.weight'}}
+    for kind, names in tables.items():
+        network = mini(kind)
+        frozen = {id(p) for p in network.embedding_parameters()}
+        assert {name for name, p in network.named_parameters() if id(p) in frozen} == names
+
+
+# -----------------------------------------------------------------------------
+# Teachers
+
+def save_published(folder, kind, name='', sizes=None, codes=None):
+    """The files of a small published teacher -> where its network and its tokenizer are."""
+    net = f'{folder}/{name or kind}.pth'
+    tok = f'{folder}/{name or kind}.ckpt'
+    torch.save(published(mini(kind, **sizes or {}), kind), net)
+    torch.save(published(mini_tokenizer(kind, **codes or {}), kind), tok)
+    return net, tok
+
+
+def test_a_published_teacher_is_asked_for_politely(tmp_path):
+    with exits_with('--teacher_path=FILE', '--tokenizer_path=FILE'):
+        load_teacher('maskgit', '')
+    maskgit, vqgan = save_published(tmp_path, 'maskgit')
+    maskbit, bits = save_published(tmp_path, 'maskbit')
+    _, more_codes = save_published(tmp_path, 'maskgit', 'other', codes=dict(n_codes=64))
+    _, more_bits = save_published(tmp_path, 'maskbit', 'five', codes=dict(code_dim=5, n_codes=32))
+    with exits_with('maskbit.pth'):
+        load_teacher('maskgit', maskbit, vqgan)
+    with exits_with('none.ckpt: no such file'):
+        load_teacher('maskgit', maskgit, f'{tmp_path}/none.ckpt')
+    with exits_with('maskgit.pth', 'expected V + K + 2 with V = 64'):
+        load_teacher('maskgit', maskgit, more_codes)
+    with exits_with('of 32', 'not of one release'):
+        load_teacher('maskbit', maskbit, more_bits)
+    picture_folder(f'{tmp_path}/data')
+    with exits_with('2 class folders', '10 classes'):
+        load_teacher('maskgit', maskgit, vqgan, f'{tmp_path}/data')
+
+
+def test_sizes_that_one_published_file_leaves_open_are_read_off_the_other(tmp_path):
+    maskgit = save_published(tmp_path, 'maskgit', sizes=dict(V=48, n_words=10),
+                             codes=dict(n_codes=48))
+    maskbit = save_published(tmp_path, 'maskbit', sizes=dict(N=16, V=16, bits=4, S=1),
+                             codes=dict(code_dim=4, S=1, n_codes=16))
+    for kind, paths, V in (('maskgit', maskgit, 48), ('maskbit', maskbit, 16)):
+        with capture():
+            found = load_teacher(kind, *paths, n_head=2)
+        assert (found.net.V, found.net.config['n_head'], found.tokenizer.S) == (V, 2, 1)
+        assert found.prompts == [str(k) for k in range(10)]
+        assert found.encode(['3', '7']).tolist() == [[3], [7]]
+        assert Tokenizer.from_checkpoint(found.pack()['tokenizer']).S == 1
+
+
+def test_a_teacher_and_a_generator_must_share_their_tokenizer():
+    loaded = SimpleNamespace(tokenizer=small_tokenizer())
+    state = dict(tokenizer=small_tokenizer().pack())
+    same_tokens(loaded, state, 'y.pt')
+    weights = {key: value + 1 for key, value in state['tokenizer']['net'].items()}
+    state['tokenizer']['net'] = weights
+    with exits_with('teacher and y.pt', '--teacher_ckpt'):
+        same_tokens(loaded, state, 'y.pt')
+    with exits_with('different tokenizers'):
+        same_tokens(loaded, dict(tokenizer=dict(kind='maskgit')), 'y.pt')
+
+
+def test_published_tokenizers_are_told_apart_by_their_weights(tmp_path):
+    path = f'{tmp_path}/tokenizer.bin'
+    found = []
+    for k in range(2):
+        made = mini_tokenizer('maskbit')
+        torch.nn.init.constant_(made.decoder.conv_out.weight, k)
+        torch.save(published(made, 'maskbit'), path)       # the second replaces the first
+        found.append(Tokenizer.from_pretrained('maskbit', path, made.grid))
+    first = dict(tokenizer=found[0].pack())
+    second = dict(tokenizer=found[1].pack())
+    loaded = SimpleNamespace(tokenizer=found[1])
+    same_tokens(loaded, second, 'y.pt')
+    with exits_with('different tokenizers'):
+        same_tokens(loaded, first, 'y.pt')
+    Tokenizer.from_checkpoint(second['tokenizer'])
+    with exits_with('other weights', '--tokenizer_path'):
+        Tokenizer.from_checkpoint(first['tokenizer'])
+
+
+def save_stage(folder, script, step, **more):
+    """A checkpoint of tokenizer.py or model.py as a run of 5 steps leaves it."""
+    config = dict(steps=5, data='shapes', **more)
+    path = f'{folder}/{script}.pt'
+    save_checkpoint(path, dict(stage=script, step=step, config=config))
+    return path
+
+
+def test_a_missing_teacher_is_trained_first(tmp_path):
+    with mock.patch.object(subprocess, 'Popen') as launched, capture() as text:
+        with exits_with('tokenizer.py did not finish'):    # as nothing is there afterwards
+            train_missing('shapes', f'{tmp_path}', 7)
+        command = [f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={tmp_path}']
+        assert launched.call_args.args[0][1:] == command
+        assert 'tokenizer.pt is missing' in text.getvalue() and '3 minutes' in text.getvalue()
+        launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]
+        with exits_with('did not finish'):                 # Ctrl-C: wait until the child has saved
+            train_missing('shapes', f'{tmp_path}', 7)
+        assert launched.call_count == 2 and launched.return_value.wait.call_count == 3
+
+
+def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
+    path = save_stage(tmp_path, 'tokenizer', 5)
+    os.rename(path, f'{tmp_path}/tokenizer.prev.pt')       # killed between two renames
+    save_stage(tmp_path, 'model', 4, D=32)
+    with mock.patch.object(subprocess, 'Popen') as launched, capture() as text:
+        with exits_with('model.py did not finish'):
+            train_missing('shapes', tmp_path, 7)
+        assert 'using the previous one' in text.getvalue()
+        command = [f'{HERE}/model.py', '--steps=5', '--data=shapes', '--D=32', '--resume=True',
+                   f'--out_dir={tmp_path}']
+        assert launched.call_args.args[0][1:] == command
+        save_stage(tmp_path, 'model', 5)
+        assert printed(train_missing, 'shapes', tmp_path, 7) == ''     # it holds its tokenizer
+        assert launched.call_count == 1
+
+
+def test_a_teacher_of_other_data_is_refused(tmp_path):
+    save_stage(tmp_path, 'tokenizer', 5)
+    with exits_with('was trained on shapes, not on other'):
+        train_missing('other', tmp_path, 7)
+    save_stage(tmp_path, 'model', 5)
+    with exits_with('was trained on shapes, not on other'):
+        train_missing('other', tmp_path, 7)
+
+
+# -----------------------------------------------------------------------------
+# Rewards
+
+def small_world_tokenizer():
+    """A tokenizer of random weights for the shapes world: 32 pixels <-> 64 tokens of 12 codes."""
+    return Tokenizer(32, 8, '1,1,2', 1, 12, 4).eval()
+
+
+def test_a_reward_asks_for_each_prompt_once_and_rises_on_one_step():
+    score = rewards.world_reward(f'{tiny_run()[0]}/rewards.pt', 'clip', 'cpu')
+    images = (torch.rand(3, 3, 32, 32) * 2 - 1).requires_grad_()
+    prompts = [RED, 'a blue square', RED]
+    with mock.patch.object(rewards, 'word_ids', wraps=rewards.word_ids) as asked:
+        value = score(images, prompts)
+        score(images, prompts)
+    assert sorted(call.args[0][0] for call in asked.call_args_list) == ['a blue square', RED]
+    assert value.shape == (3,) and (value <= 0).all()
+    grad, = torch.autograd.grad(value.sum(), images)
+    assert torch.isfinite(grad).all() and (grad.flatten(1).norm(dim=1) > 0).all()
+    uphill = images.detach() + 1e-3 * grad / grad.std()
+    assert (score(uphill, prompts) > value).all()
+
+
+def reward_settings(**changes):
+    """The settings of reward.py, every weight 0."""
+    found = {}
+    for name in setting_names(vars(reward)):
+        found[name] = 0.0 if name.startswith('w_') else vars(reward)[name]
+    found.update(changes)
+    return found
+
+
+def test_nothing_is_loaded_for_a_weight_of_zero():
+    assert rewards.load_rewards(reward_settings(), 'no.pt', 'cpu') == {}
+    with exits_with('no.pt', 'python reward.py'):
+        rewards.load_rewards(reward_settings(w_clip=1.0), 'no.pt', 'cpu')
+    with mock.patch.dict(sys.modules, transformers=None):
+        with exits_with('pip install transformers'):
+            rewards.load_rewards(reward_settings(w_pick=1.0), '', 'cpu')
+
+
+def test_rewards_are_added_with_their_weights():
+    def one(images, prompts):
+        return torch.ones(len(images))
+
+    world_file = f'{tiny_run()[0]}/rewards.pt'
+    loaded = rewards.load_rewards(reward_settings(w_clip=2.0), world_file, 'cpu')
+    assert list(loaded) == ['clip']
+    weight, score = loaded['clip']
+    assert weight == 2.0
+    images = torch.zeros(1, 3, 32, 32)
+    total = rewards.reward_sum({**loaded, 'one': (3.0, one)}, images, [RED])
+    assert torch.allclose(total, 2 * score(images, [RED]) + 3)
+
+
+def test_mixed_tokens_harm_by_their_weight():
+    torch.manual_seed(0)
+    ids = torch.randint(12, (64, 16))
+    other = torch.randint(12, (64, 16))
+    probs = rewards.mixed(ids, other, 12, rng())
+    assert probs.shape == (64, 16, 12)
+    assert torch.allclose(probs.sum(-1), torch.ones(64, 16))
+    kept = (probs.gather(-1, ids[..., None]) > 0.999).float().mean()
+    assert 0.4 < kept < 0.95                               # elsewhere than in the boxes
+    white = torch.ones(1, 3, 32, 32)
+    assert rewards.damage(white, torch.zeros_like(white)) == 1
+
+
+def test_reward_models_learn_that_broken_images_show_nothing():
+    source = open_data('shapes', 32, 64)
+    images, captions = source.batch(range(64))
+    ids = word_ids(captions, world.WORDS, 8)
+    vq = small_world_tokenizer()
+    training = dict(seed=0, reward_steps=15, reward_batch=16, reward_lr=5e-3, n_wrong=1)
+    scores = {}
+    for harm in (0.0, 1.0):
+        def damage(x, y):
+            return torch.full((len(x),), harm)
+
+        with mock.patch.object(rewards, 'damage', damage):
+            net = rewards.train_reward('conv', source, vq, list(world.WORDS), 8, 0, CPU, training)
+        log_odds = net.score(net.image_features(images), net.text_features(ids))
+        scores[harm] = log_odds.mean()
+    assert scores[0.0] > -0.8 and scores[1.0] < -5         # log-odds of true captions
+
+
+# Published ones
+
+def transformers_or_skip():
+    try:
+        import transformers
+        return transformers
+    except ImportError:
+        raise SkipTest('transformers is not installed (pip install transformers)') from None
+
+
+CLIP_WORDS = ('<pad>', '<start>', '<end>', 'a', 'red', 'circle')
+
+
+def tiny_clip(root):
+    """Save a random CLIP of the published class with a word tokenizer of its own in root -> the
+    network, the ids of 'a red circle' and 'a circle'."""
+    transformers = transformers_or_skip()
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act='gelu')
+    text = dict(vocab_size=6, hidden_size=16, intermediate_size=32, max_position_embeddings=12,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    vision = dict(hidden_size=24, intermediate_size=48, image_size=224, patch_size=112, **sizes)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    network = transformers.CLIPModel(config)
+    for p in network.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    network.eval().save_pretrained(root)
+    save_clip_words(transformers, root)
+    ids = torch.tensor([[1, 3, 4, 5, 2] + [0] * 7, [1, 3, 5, 2] + [0] * 8])
+    return network, ids
+
+
+def save_clip_words(transformers, root):
+    import tokenizers
+    numbers = {word: k for k, word in enumerate(CLIP_WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token='<pad>'))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<start> $A <end>', special_tokens=[('<start>', 1), ('<end>', 2)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>',
+                                                eos_token='<end>')
+    fast.save_pretrained(root)
+
+
+def clip_cosine(network, images, ids):
+    """What the formulas below share, by the library's own functions."""
+    f = network.get_image_features(pixel_values=rewards.pixels_224(images))
+    g = network.get_text_features(input_ids=ids)
+    f = getattr(f, 'pooler_output', f)                     # from version 5 on
+    g = getattr(g, 'pooler_output', g)
+    return F.cosine_similarity(f, g)
+
+
+def two_images():
+    return (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
+
+
+def has_gradient(score, images):
+    grad, = torch.autograd.grad(score.sum(), images)
+    return torch.isfinite(grad).all() and grad.abs().max() > 0
+
+
+def test_preprocessing_equals_pils_to_a_hundredth():
+    for height, width in ((256, 256), (300, 420), (512, 512), (32, 32)):
+        y, x = np.mgrid[:height, :width] / 20
+        waves = [np.sin(x) * np.cos(y), np.sin(x + y), np.cos(x / 3) * np.sin(y)]
+        pixels = (np.stack(waves, -1) * 120 + 128).astype(np.uint8)
+        wide = 224 * width // min(height, width)           # torchvision's Resize
+        high = 224 * height // min(height, width)
+        left = (wide - 224) // 2
+        top = (high - 224) // 2
+        resized = Image.fromarray(pixels).resize((wide, high), Image.Resampling.BICUBIC)
+        expected = np.asarray(resized.crop((left, top, left + 224, top + 224))) / 255
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        ours = rewards.pixels_224(images)[0].permute(1, 2, 0).numpy()
+        ours = ours * rewards.CLIP_STD + rewards.CLIP_MEAN
+        assert ours.shape == (224, 224, 3)
+        assert abs(ours - expected).max() < 0.01
+    x = (torch.rand(1, 3, 40, 50) * 2 - 1).requires_grad_()
+    grad, = torch.autograd.grad(rewards.pixels_224(x).square().sum(), x)
+    assert (grad != 0).any(1).float().mean() > 0.7         # not what the centre crop cuts off
+
+
+def test_clip_score_and_pickscore_follow_their_formulas(tmp_path):
+    images = two_images()
+    network, ids = tiny_clip(tmp_path)
+    cosine = clip_cosine(network, images, ids)
+    for kind, scale in (('clipscore', 100), ('pick', network.logit_scale.exp())):
+        judge = rewards.clip_reward(kind, tmp_path, tmp_path, 'cpu')
+        score = judge(images, [RED, 'a circle'])
+        assert torch.allclose(score, scale * cosine, atol=1e-4)
+        assert has_gradient(score, images)
+    with exits_with('cannot load', 'nowhere'):
+        rewards.clip_reward('pick', f'{tmp_path}/nowhere', tmp_path, 'cpu')
+    half = {k: v for k, v in network.state_dict().items() if 'layers.1.mlp' not in k}
+    network.save_pretrained(f'{tmp_path}/half', state_dict=half)
+    with exits_with('half: it has no', 'layers.1.mlp'):
+        rewards.clip_reward('pick', f'{tmp_path}/half', tmp_path, 'cpu')
+
+
+# Our own list of names, so that a mistake in the code's is seen
+TO_OPEN_CLIP = (
+    ('vision_model.', 'visual.'), ('text_model.', ''), ('encoder.layers', 'transformer.resblocks'),
+    ('embeddings.', ''), ('patch_embedding', 'conv1'), ('pre_layrnorm', 'ln_pre'),
+    ('position_embedding.weight', 'positional_embedding'), ('post_layernorm', 'ln_post'),
+    ('final_layer_norm', 'ln_final'), ('layer_norm', 'ln_'), ('fc1', 'c_fc'), ('fc2', 'c_proj'),
+    ('self_attn', 'attn'), ('q_proj.', 'in_proj_'), ('visual_projection.weight', 'visual.proj'),
+    ('text_projection.weight', 'text_projection'))
+
+
+def replace_all(text, pairs):
+    for old, new in pairs:
+        text = text.replace(old, new)
+    return text
+
+
+def to_open_clip(state):
+    """A CLIPModel's weights by open_clip's names; queries, keys and values are one matrix there."""
+    found = {}
+    for key, value in state.items():
+        if 'k_proj' in key or 'v_proj' in key:
+            continue
+        if 'q_proj' in key:
+            parts = [state[key.replace('q_proj', f'{letter}_proj')] for letter in 'qkv']
+            value = torch.cat(parts)
+        name = replace_all(key, TO_OPEN_CLIP)
+        if name in ('visual.proj', 'text_projection'):
+            value = value.T
+        found[name] = value
+    return found
+
+
+def test_hps_is_read_from_open_clip_names(tmp_path):
+    images = two_images()
+    network, ids = tiny_clip(tmp_path)
+    state = network.state_dict()
+    names = to_open_clip(state)
+    again = rewards.from_open_clip(names)
+    assert again.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(again[key], value), key
+    path = f'{tmp_path}/hps.pt'
+    torch.save(dict(state_dict=names), path)
+    score = rewards.clip_reward('hps', path, tmp_path, 'cpu')(images, [RED, 'a circle'])
+    assert torch.allclose(score, clip_cosine(network, images, ids), atol=1e-5)
+    with exits_with('no.pt: no such file', '--hps_path'):
+        rewards.clip_reward('hps', f'{tmp_path}/no.pt', tmp_path, 'cpu')
+    torch.save({'blip.a': torch.ones(1)}, f'{tmp_path}/other.pt')
+    with exits_with("other.pt: it has no 'visual.proj'"):
+        rewards.clip_reward('hps', f'{tmp_path}/other.pt', tmp_path, 'cpu')
+    with exits_with("hps.pt: it has no 'visual.post_layernorm"):
+        rewards.image_reward(path, '', 'cpu')
+
+
+TO_BLIP = (
+    ('embeddings.class_embedding', 'cls_token'), ('embeddings.position_embedding', 'pos_embed'),
+    ('embeddings.patch_embedding', 'patch_embed.proj'), ('encoder.layers', 'blocks'),
+    ('self_attn.projection', 'attn.proj'), ('self_attn', 'attn'), ('layer_norm', 'norm'),
+    ('post_layernorm', 'norm'))
+
+
+def tiny_blip(transformers):
+    """The three parts of ImageReward at a small size: BERT, vision transformer, linear layers."""
+    text = transformers.BlipTextModel(transformers.BlipTextConfig(
+        vocab_size=6, hidden_size=24, encoder_hidden_size=32, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=12, max_position_embeddings=35,
+        layer_norm_eps=1e-12), add_pooling_layer=False)
+    eyes = transformers.BlipVisionModel(transformers.BlipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, image_size=224,
+        num_attention_heads=16, patch_size=112, layer_norm_eps=1e-6))
+    widths = (24, 10, 9, 8, 7, 1)
+    layers = {}
+    for number, inputs, outputs in zip('02467', widths, widths[1:]):
+        layers[number] = torch.nn.Linear(inputs, outputs)
+    return text.eval(), eyes.eval(), layers
+
+
+def test_imagereward_reads_its_published_names(tmp_path):
+    images = two_images()
+    _, ids = tiny_clip(tmp_path)                           # only its word tokenizer is used
+    text, eyes, layers = tiny_blip(transformers_or_skip())
+    state = {'blip.vision_proj.weight': torch.ones(1)}     # unused
+    for number, layer in layers.items():
+        state[f'mlp.layers.{number}.weight'] = layer.weight.detach()
+        state[f'mlp.layers.{number}.bias'] = layer.bias.detach()
+    for key, value in text.state_dict().items():
+        state[f'blip.text_encoder.{key}'] = value
+    for key, value in eyes.state_dict().items():
+        state[f'blip.visual_encoder.{replace_all(key, TO_BLIP)}'] = value
+    path = f'{tmp_path}/ImageReward.pt'
+    torch.save(state, path)
+    score = rewards.image_reward(path, tmp_path, 'cpu')(images, [RED, 'a circle'])
+
+    ids = F.pad(ids, (0, 23))                              # to the 35 that it reads
+    seen = eyes(pixel_values=rewards.pixels_224(images)).last_hidden_state
+    read = text(ids, attention_mask=(ids > 0).long(), encoder_hidden_states=seen, is_decoder=False)
+    h = read[0][:, 0]
+    for layer in layers.values():
+        h = layer(h)
+    expected = (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    assert torch.allclose(score, expected, atol=1e-4)
+    assert has_gradient(score, images)
+
+
+# -----------------------------------------------------------------------------
+# Our files
+
+def test_bad_checkpoints_are_explained_and_the_one_before_a_broken_one_is_used(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    with exits_with(path, 'no such checkpoint', 'Train it.'):
+        load_checkpoint(path, 'distill', 'Train it.')
+    for step in (1, 2):
+        save_checkpoint(path, dict(stage='distill', step=step, net=dict(w=torch.ones(1000))))
+    whole = open(path, 'rb').read()
+    problems = {whole[:len(whole) // 2]: 'truncated or not a checkpoint',
+                b'': 'truncated or not a checkpoint', b'hello': ''}
+    for broken, words in problems.items():
+        open(path, 'wb').write(broken)
+        with exits_with(path, words, 'Train it.'):
+            load_checkpoint(path, 'distill', 'Train it.')
+        with capture() as text:
+            state = load_checkpoint(path, 'distill', 'Train it.', fallback=True)
+        assert state['step'] == 1 and words in text.getvalue()
+        assert f'using the previous one, {tmp_path}/x.prev.pt' in text.getvalue()
+    open(f'{path}.123.prev.tmp', 'w').close()              # of a run that was killed
+    save_checkpoint(path, dict(stage='distill', step=3))
+    assert load_checkpoint(path, 'distill')['step'] == 3
+    assert load_checkpoint(f'{tmp_path}/x.prev.pt')['step'] == 1       # broken: not kept
+    assert sorted(os.listdir(tmp_path)) == ['x.prev.pt', 'x.pt']
+
+
+def test_files_that_are_no_checkpoint_of_the_stage_asked_for_are_explained(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    save_checkpoint(path, dict(stage='model', step=1))
+    save_checkpoint(path, dict(stage='model', step=2))     # nothing stands in for a whole file
+    problems = {'not a checkpoint of this project': dict(weights=torch.ones(3)),
+                'is a tokenizer checkpoint, expected model or distill': dict(stage='tokenizer')}
+    for words, foreign in problems.items():
+        torch.save(foreign, path)
+        with exits_with(path, words, 'Train it.'):
+            load_checkpoint(path, 'model|distill', 'Train it.', fallback=True)
+    weights = small_model(D=12).state_dict()
+    with exits_with('f.pt: net does not fit', 'tok_emb.weight', 'size mismatch'):
+        restore(small_model(), weights, 'f.pt', 'net')
+
+
+def test_a_checkpoint_hands_on_the_settings_asked_for(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    keys = ('tau', 'beta', 'no_such')
+    assert settings_of(path, keys) == {}                   # loading it will say so
+    save_checkpoint(path, dict(stage='distill', step=1, config=dict(tau=0.5, beta=0.1, seed=7)))
+    assert settings_of(path, keys) == dict(tau=0.5, beta=0.1)
+    save_checkpoint(path, dict(stage='distill', step=2, config=dict(tau=0.6)))
+    open(path, 'w').write('broken')
+    assert settings_of(path, keys) == dict(tau=0.5, beta=0.1)          # of the one before
+
+
+def test_resuming_with_other_settings_is_said(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    config = dict(beta=0.1, seed=0, resume=False, out_dir='out')
+    save_checkpoint(path, dict(stage='distill', step=1, config=config))
+    same_run = {**config, 'resume': True, 'out_dir': 'elsewhere'}
+    assert printed(load_resumed, path, 'distill', same_run) == ''
+    text = printed(load_resumed, path, 'distill', {**config, 'beta': 0.2})
+    assert text == f'note: {path} continues with --beta=0.2 (it had 0.1)\n'
+
+
+def test_resuming_with_another_tokenizer_is_refused(tmp_path):
+    for script in ('distill', 'gan', 'reward'):
+        folder = ready_for(f'{script}.py', f'{tmp_path}/{script}')
+        state = torch.load(f'{tiny_run()[0]}/{script}.pt', weights_only=True)
+        weights = state['tokenizer']['net']
+        state['tokenizer']['net'] = {key: value + 1 for key, value in weights.items()}
+        torch.save(state, f'{folder}/{script}.pt')
+        must_refuse(f'{script}.py', f'--out_dir={folder}', '--resume', words='different tokenizers')
+
+
+class Bomb:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_code_in_a_file_is_never_executed(tmp_path):
+    path = f'{tmp_path}/bomb.pt'
+    trace = f'{tmp_path}/executed'
+    bombs = {os.system: f'mkdir {trace}', os.mkdir: trace, subprocess.getoutput: f'mkdir {trace}',
+             eval: f'__import__("os").mkdir("{trace}")'}
+    for function, argument in bombs.items():
+        state = dict(stage='distill', w=torch.ones(1), bomb=Bomb(function, argument))
+        torch.save(state, path)
+        with exits_with('refused', 'nothing in it was executed'):
+            load_checkpoint(path)
+        with contextlib.suppress(ValueError):              # refused, or read as an empty dict
+            Tokenizer.from_pretrained('maskgit', path)
+        assert not os.path.exists(trace)
+        torch.load(path, weights_only=False)
+        os.rmdir(trace)                                    # it was a real one
+
+
+def test_no_space_loses_no_checkpoint(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    save_checkpoint(path, dict(stage='distill', step=1))
+    script = f'{tmp_path}/save.py'
+    lines = ['import sys, torch', 'from common.files import save_checkpoint',
+             'from common.run import report_error', 'sys.excepthook = report_error',
+             f'save_checkpoint({path!r}, dict(net=dict(w=torch.ones(9999))))']
+    open(script, 'w').write('\n'.join(lines))
+    must_refuse(script, before=FULL, words=f'save.py: cannot write {path}')
+    assert load_checkpoint(path)['step'] == 1
+    assert sorted(os.listdir(tmp_path)) == ['save.py', 'x.pt']
+
+
+def test_no_space_or_permission_is_one_line(tmp_path):
+    for script in SCRIPTS:
+        folder = ready_for(script, f'{tmp_path}/{script}')
+        must_refuse(script, f'--out_dir={folder}', before=FULL, words=f'cannot write {folder}')
+    picture = f'{tmp_path}/grid.png'
+    ask = ['--ckpt', f'{tiny_run()[0]}/distill.pt', f'--grid={picture}']
+    must_refuse('sample.py', *ask, before=FULL, words=f'cannot write {picture}')
+    path = f'{tmp_path}/file'
+    open(path, 'w').close()                                # chmod would not stop root
+    must_refuse('tokenizer.py', f'--out_dir={path}/out', words=f'cannot write {path}/out')
+    with exits_with('cannot write', '--out_dir'):
+        save_checkpoint(f'{path}/y.pt', {})
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    rates = {'tokenizer': 'lr', 'model': 'lr', 'distill': 'generator_lr', 'gan': 'generator_lr',
+             'reward': 'generator_lr'}
+    for script, name in rates.items():
+        folder = ready_for(f'{script}.py', f'{tmp_path}/{script}')
+        must_refuse(f'{script}.py', f'--out_dir={folder}', f'--{name}=1e38', '--log_every=100',
+                    words='is not finite')
+        assert not os.path.exists(f'{folder}/{script}.pt')
+    broken = dict(step=3, net=dict(w=torch.tensor([1.0, float('nan')])))
+    with exits_with('not finite at step 3'):
+        save_checkpoint(f'{tmp_path}/x.pt', broken)
+    assert not os.path.exists(f'{tmp_path}/x.pt')
+
+
+# -----------------------------------------------------------------------------
+# Ends of a run
+
+def report(error):
+    """What a script prints at its end because of an error."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        report_error(type(error), error, error.__traceback__)
+    return told.getvalue()
+
+
+def test_ctrl_c_ends_with_one_line():
+    assert report(KeyboardInterrupt()) == 'stopped\n'
+
+
+def test_errors_raised_on_purpose_are_one_line_and_mistakes_of_ours_a_traceback(tmp_path):
+    def error_of(call, *arguments):
+        try:
+            call(*arguments)
+        except Exception as error:
+            return error
+
+    on_purpose = error_of(load_checkpoint, f'{tmp_path}/x.pt')
+    assert report(on_purpose).count('\n') == 1 and 'no such checkpoint' in report(on_purpose)
+    for mistake in (error_of(int, 'x'), error_of(torch.ones(2).view, 3), error_of(open, tmp_path)):
+        assert 'Traceback' in report(mistake)
+
+
+def test_a_second_wish_to_stop_counts_after_a_second():
+    with mock.patch.object(signal, 'signal'):
+        stop = Stop()
+    assert not stop.now(0, CPU)
+    stop.ask(signal.SIGINT, None)
+    stop.ask(signal.SIGTERM, None)
+    assert stop.now(0, CPU)
+    stop.asked -= 2
+    try:
+        stop.ask(signal.SIGINT, None)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError('went on')
+
+
+def test_bench_times_what_compilation_would_see():
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+    counted = []                                           # a FLOP counter around the call?
+
+    def step():
+        counted.append(_get_current_dispatch_mode() is not None)
+
+    this_run = SimpleNamespace(device=CPU, autocast=contextlib.nullcontext())
+    text = printed(report_bench, step, 1, this_run)
+    assert counted == [False] * 23 + [True]
+    assert 'ms_per_step' in text and 'images_per_s' in text
