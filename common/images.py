@@ -21,7 +21,8 @@ members (and two lines in `open_data`):
     reference_split(n)      -> indices of at most n images to measure against, indices of others,
                             what to call the first
 
-    wrong_caption(caption, u)     a caption that is not true of its image, chosen by u in [0, 1)
+    wrong_caption(caption, u)     a caption that is not true of its image, chosen by three uniform
+                            numbers u
     task_names              the tasks into which captions fall (tuple), () where there are none
     tasks(captions)         -> array of the task of each, '' where there are none; ValueError where
                             a caption cannot be
@@ -192,7 +193,7 @@ class Folder:
     def wrong_caption(self, caption, u):
         """Another class. There must be two: a reward is not trained on one."""
         others = [word for word in self.words if word != caption]
-        return others[int(u * len(others))]
+        return others[int(u[0] * len(others))]
 
     def tasks(self, captions):
         """Classes are no tasks."""

@@ -368,10 +368,11 @@ class PatchTower(nn.Module):
 
     def __init__(self, d):
         super().__init__()
-        from model import Block
         self.patches = nn.Conv2d(3, 64, 4, stride=4)
         self.place = nn.Parameter(0.02 * torch.randn(1, 64, 64))
-        self.blocks = nn.Sequential(*[Block(64, 2, 128, False, 1e-5) for _ in range(2)])
+        layers = [nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, activation='gelu',
+                                             batch_first=True, norm_first=True) for _ in range(2)]
+        self.blocks = nn.Sequential(*layers)
         self.out = nn.Linear(64 * 64, d)
 
     def forward(self, x):
@@ -494,7 +495,7 @@ def reward_examples(source, tokenizer, words, T):
 
 
 def wrong_captions(source, captions, u):
-    """B captions, uniform numbers u (B, n_wrong) -> B lists of n_wrong captions that are not true
+    """B captions, uniform numbers u (B, n_wrong, 3) -> B lists of n_wrong captions that are not true
     of the image."""
     rows = []
     for caption, numbers in zip(captions, u.tolist()):
@@ -503,11 +504,11 @@ def wrong_captions(source, captions, u):
 
 
 def choose_partners(examples, own, false, u):
-    """A second image for each of the images `own` (B,) -> indices (B,). By u (B,): half of the time
+    """A second image for each of the images `own` (B,) -> indices (B,). By u (B, 2): half of the time
     one of the same caption, else one of the wrong caption in `false` or, where no image has that
     caption, the image before in the batch."""
-    same_caption = u < 0.5
-    second_u = 2 * (u % 0.5)                     # what that decision leaves is uniform again
+    u_caption, u_image = u.unbind(1)
+    same_caption = u_caption < 0.5
     before = own.roll(1).tolist()
     partners = []
     for b, i in enumerate(own.tolist()):
@@ -515,7 +516,7 @@ def choose_partners(examples, own, false, u):
             choice = examples.where[examples.captions[i]]
         else:
             choice = examples.where.get(false[b], [before[b]])
-        partners.append(choice[int(second_u[b] * len(choice))])
+        partners.append(choice[int(u_image[b] * len(choice))])
     return torch.tensor(partners)
 
 
@@ -551,10 +552,11 @@ def build_batch(examples, tokenizer, rng, device, settings):
     ids (B, T) of their captions and (B, n_wrong, T) of wrong ones; harm (B,), their `damage`."""
     B = settings['reward_batch']
     own = torch.randint(len(examples.images), (B,), generator=rng)
-    u = torch.rand(B, settings['n_wrong'] + 1, generator=rng)
+    u_wrong = torch.rand(B, settings['n_wrong'], 3, generator=rng)
+    u_partner = torch.rand(B, 2, generator=rng)
     captions = [examples.captions[i] for i in own.tolist()]
-    false = wrong_captions(examples.source, captions, u[:, 1:])
-    partners = choose_partners(examples, own, [row[0] for row in false], u[:, 0])
+    false = wrong_captions(examples.source, captions, u_wrong)
+    partners = choose_partners(examples, own, [row[0] for row in false], u_partner)
 
     half = B // 2
     images = examples.images[own].to(device)

@@ -190,8 +190,8 @@ def test_drawing_10000_images_takes_seconds():
 
 def test_checker_accepts_real_images_and_rejects_wrong_ones():
     images, captions = world.draw(range(world.HELD_OUT, world.HELD_OUT + 3000))
-    u = np.random.RandomState(0).rand(3000)
-    wrong = [world.wrong_caption(caption, number) for caption, number in zip(captions, u)]
+    u = np.random.RandomState(0).rand(3000, 3)
+    wrong = [world.wrong_caption(caption, numbers) for caption, numbers in zip(captions, u)]
     tasks = np.array([world.parse_caption(caption)[0] for caption in captions])
     right = world.check(images, captions)
     accepted = world.check(images, wrong)
@@ -464,7 +464,7 @@ def test_every_source_has_the_same_members(tmp_path):
         reference, others, name = source.reference_split(6)
         assert len(reference) == 6 and not set(reference) & set(others) and '6 ' in name
         for caption in captions:
-            assert source.wrong_caption(caption, 0.5) != caption
+            assert source.wrong_caption(caption, (0.5, 0.5, 0.5)) != caption
         assert set(source.tasks(captions)) <= set(source.task_names or [''])
         assert set(source.factors(images, captions)) <= FACTORS
         if source.judges:

@@ -302,13 +302,9 @@ WORD_GROUPS = (tuple(NUMBERS), COLOR_NAMES, SHAPES, PLURALS, ('left', 'right'), 
 
 def wrong_caption(caption, u):
     """The caption with one fact (a colour, a shape, the number, the relation) changed, or exchanged
-    between its two objects. u in [0, 1) chooses; its first six decimals should be random.
-    Raises ValueError for a caption that names no such fact."""
-    # One number makes three choices: its later digits serve as random numbers of their own.
-    u_place = u
-    u_exchange = u * 1e4 % 1
-    replacement = int(u * 1e6)
-
+    between its two objects. Three uniform numbers u choose the place, whether to exchange, and the
+    new word. Raises ValueError for a caption that names no such fact."""
+    u_place, u_exchange, u_word = u
     words = caption.split()
     places = []
     for k, word in enumerate(words):
@@ -329,7 +325,7 @@ def wrong_caption(caption, u):
                     return changed
 
     others = [word for word in group if word != words[k]]
-    words[k] = others[replacement % len(others)]
+    words[k] = others[int(u_word * len(others))]
     return ' '.join(words)
 
 
@@ -634,7 +630,7 @@ class Shapes:
         return reference, others, f'{n} held-out renders'
 
     def wrong_caption(self, caption, u):
-        """A caption in which one fact is not true of the image; u in [0, 1) chooses it."""
+        """A caption in which one fact is not true of the image; three numbers u choose it."""
         return wrong_caption(caption, u)
 
     def tasks(self, captions):
