@@ -32,9 +32,10 @@ from unittest import SkipTest, mock
 import numpy as np
 import scipy.stats
 
-from common.testing import (HERE, KILL, ON_GPU, PRECISION, SCRIPTS, TRACED, capture, collected, exits_with,
-                            golden, layouts, mini, mini_tokenizer, must_refuse, must_run, near, network_of, printed,
-                            published, ready_for, rng, run, run_tests, same, small_model, small_tokenizer, tiny_run)
+from common.testing import (HERE, KILL, ON_GPU, PRECISION, SCRIPTS, TRACED, capture, collected,
+                            exits_with, layouts, mini, mini_tokenizer, must_refuse, must_run, near,
+                            network_of, published, ready_for, rng, run, run_tests, same,
+                            small_model, small_tokenizer, tiny_run)
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -50,7 +51,7 @@ from common import run as common_run
 from common.images import TokenData, captions_of, open_data, word_ids, write_pngs
 from common.metrics import Reference
 from common.rewards import TwoTower, world_reward
-from common.run import cosine_law, image_rngs, micro_rng, rate_law
+from common.run import cosine_law, image_rngs, micro_rng, rate_law, rng_for
 from common.teachers import word_teacher
 from common.world import HELD_OUT, TASKS, WORDS, draw
 
@@ -426,6 +427,12 @@ def test_an_image_does_not_depend_on_its_batch():
             part = draw_images(cond[k:k + 2], image_rngs(0, range(k, min(k + 2, 7))))
             assert torch.equal(whole[k:k + 2], part)
         assert not torch.equal(whole, draw_images(cond, image_rngs(1, range(7))))
+
+
+def test_every_seed_step_and_part_has_random_numbers_of_its_own():
+    keys = [(0, 0), (1, 0), (0, 1), (0, 0, 1), (0, 0, 'x')]
+    numbers = {torch.rand(1, generator=rng_for(*key)).item() for key in keys}
+    assert len(numbers) == 5
 
 
 # -----------------------------------------------------------------------------
@@ -1630,6 +1637,8 @@ def ten_classes(folder):
 
 
 def test_published_teachers_go_through_distillation_gan_and_sampling_by_their_recipes(tmp_path):
+    inception_files(tmp_path)
+    fid = f'--inception={tmp_path}/inception.pt --ref={tmp_path}/ref.npz'
     drawn = {'maskgit': ('--student', 1), 'maskbit': ('--steps=4', 7)}
     for kind, (option, passes) in drawn.items():
         folder = f'{tmp_path}/{kind}'
@@ -1654,6 +1663,9 @@ def test_published_teachers_go_through_distillation_gan_and_sampling_by_their_re
         assert (made['teacher'], made['r_init'], made['w_gan']) == (kind, 0.6, 200.0)
 
         must_run(f'sample.py --ckpt={folder}/gan.pt --metrics --n_metrics=8 {data}')
+        text = must_run(f'sample.py --ckpt={folder}/distill.pt --metrics --n_metrics=30 {fid}')
+        assert 'FID@30 ' in text
+        assert 'precision' in text
         text = must_run(f'sample.py {files} --label=3 --n=2 --grid={folder}/x.png {option}')
         assert f'{passes} network pass' in text
         assert os.path.exists(f'{folder}/x.png')
