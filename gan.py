@@ -274,8 +274,10 @@ def judge(disc, states, pooled, r):
     d_real, d_fake = verdict.chunk(2)
     loss = disc_loss(d_real, d_fake, hinge)
     loss.backward()
-    return dict(d_loss=loss.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean(),
-                acc_real=(d_real > 0).float().mean(), acc_fake=(d_fake < 0).float().mean())
+    d_real, d_fake = d_real.detach(), d_fake.detach()
+    return dict(d_loss=loss.detach(), d_real=d_real.mean(), d_fake=d_fake.mean(),
+                acc_real=(d_real > 0).float().mean(), acc_fake=(d_fake < 0).float().mean(),
+                g_loss=gan_loss(d_fake, hinge))
 
 
 def gan_gradient(disc, fake_states, pooled, r, logits):
@@ -321,10 +323,8 @@ def update(nets, optimizers, loaded, run, step):
             states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
             fake_states = [h[run.micro:] for h in states]
             grad = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
-            with torch.no_grad():
-                g_loss = gan_loss(nets.disc(fake_states, pooled, r), hinge)
             total += grad
-            numbers.update(health, g_loss=g_loss, grad_gan=grad.norm() / run.micro)
+            numbers.update(health, grad_gan=grad.norm() / run.micro)
         surrogate(logits, total).backward()
     # Look at the divergence
     if w_dimo and (step + 1) % log_every == 0:
