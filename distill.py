@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from common.files import (load_resumed, optimizer_states, restore, restore_optimizers,
-                          save_checkpoint)
+                          resumes, save_checkpoint)
 from common.images import save_grid
 from common.metrics import Reference, final_table, render
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
@@ -192,14 +192,14 @@ def update(nets, optimizers, loaded, run, step):
 
 def load_start(folder, run):
     """-> the teacher with what surrounds it; the weights that generator and auxiliary model start
-    from, its own; their file. A missing teacher of ours is trained first."""
+    from: its own. A missing teacher of ours is trained first."""
     if run.rank == 0 and teacher == 'ours' and not teacher_ckpt:
         train_missing(data, folder, seed)
     meet()
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder)
     loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device)
     weights = loaded.net.state_dict()
-    return loaded, dict(stage='model', ema=weights, aux=weights), path
+    return loaded, dict(stage='model', ema=weights, aux=weights)
 
 
 # -----------------------------------------------------------------------------
@@ -209,13 +209,13 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'distill', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
-    loaded, start, first = load_start(folder, run)
+    loaded, start = load_start(folder, run)
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
-    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
-    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
+    nets.generator = copy_of(loaded.net, start['ema'], stage, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], stage)
+    nets.aux = copy_of(loaded.net, start['aux'], stage, True, freeze_tables, grad_checkpoint)
 
     # Build the optimizers
     optimizers, betas = {}, (beta1, beta2)
@@ -225,7 +225,7 @@ if __name__ == '__main__':
 
     # Resume
     step, smooth = 0, {}
-    if resume:
+    if resumes(resume, out):
         state = load_resumed(out, stage, config)
         same_tokens(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
@@ -254,9 +254,9 @@ if __name__ == '__main__':
     shown = reference.prompts(32)[0][:16] if reference else loaded.examples(16)
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
-    above = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
+    compared = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
     if run.rank == 0:
-        grid_above, _ = render(above, loaded, shown, seed)
+        compared_grid, _ = render(compared, loaded, shown, seed)
 
     stop = Stop()
     bar = progress(steps, stage, step)
@@ -278,7 +278,7 @@ if __name__ == '__main__':
             # Show
             grid, _ = render(one_pass, loaded, shown, seed)
             picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
+            save_grid(picture, torch.cat([compared_grid, grid]), shown * 2)
             bar.write(f'step {step}: grid in {picture}')
         if ending:
             break

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, save_checkpoint, settings_of)
+                          restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, save_grid, token_data
 from common.metrics import Reference, final_table, frechet_distance, render, toy_features
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
@@ -253,16 +253,16 @@ def divergence(nets, x_t, mask, cond):
     return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
 
 
-def look(teacher, real, logits, cond, rng):
+def look(net, real, logits, cond, rng):
     """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
     r ~ U[0, r_max], in one pass of the frozen teacher -> its hidden states, real half first: list
     of (2 B, L, D); r (B, 1)."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
-    hidden = random_positions(real.shape, (r * teacher.N).round(), rng, real.device)
-    fake_emb = teacher.embed(relaxed(logits, relax, tau_soft, rng), hidden)    # Soft-Di[M]O Eq. 3
-    real_emb = teacher.embed(real, hidden)
-    layers = head_layers(len(teacher.blocks))
-    states = teacher.features(torch.cat([real_emb, fake_emb]), both(cond, cond), layers)
+    mask = random_positions(real.shape, (r * net.N).round(), rng, real.device)
+    fake_emb = net.embed(relaxed(logits, relax, tau_soft, rng), mask)          # Soft-Di[M]O Eq. 3
+    real_emb = net.embed(real, mask)
+    layers = head_layers(len(net.blocks))
+    states = net.features(torch.cat([real_emb, fake_emb]), both(cond, cond), layers)
     return states, r
 
 
@@ -281,8 +281,8 @@ def judge(disc, states, pooled, r):
 
 
 def gan_gradient(disc, fake_states, pooled, r, logits):
-    """d(-log D(emb_r, r)) / dz, per image: (B, N, V). The one place to edit for another generator
-    loss."""
+    """d(-log D(emb_r, r)) / dz, per image: (B, N, V). Another loss of the generator goes into
+    `gan_loss`."""
     disc.eval()                                        # no power iteration of the spectral norm
     loss = gan_loss(disc(fake_states, pooled, r), hinge)
     return torch.autograd.grad(loss, logits)[0].float() * len(logits)
@@ -316,15 +316,16 @@ def update(nets, optimizers, loaded, run, step):
                 grad, aux_logits = dimo_gradient(nets, x_t, mask, cond)
             psi_loss = aux_loss(aux_logits, tokens, mask, label_smoothing)
             psi_loss.backward()
-            total += w_dimo * grad
-            numbers.update(aux_loss=psi_loss.detach(), grad_dimo=total.norm() / run.micro)
+            grad_dimo = w_dimo * grad
+            total += grad_dimo
+            numbers.update(aux_loss=psi_loss.detach(), grad_dimo=grad_dimo.norm() / run.micro)
         # GAN: the same states serve both players
         if w_gan:
             states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
             fake_states = [h[run.micro:] for h in states]
-            grad = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
-            total += grad
-            numbers.update(health, grad_gan=grad.norm() / run.micro)
+            grad_gan = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
+            total += grad_gan
+            numbers.update(health, grad_gan=grad_gan.norm() / run.micro)
         surrogate(logits, total).backward()
     # Look at the divergence
     if w_dimo and (step + 1) % log_every == 0:
@@ -389,24 +390,24 @@ def advice(row, first):
 def print_bias(loaded, start, out):
     """The bias of soft embeddings beside its bound, through the decoder and through the teacher's
     first block, for the teacher as a generator, the checkpoint `start`, and gan.pt where it is."""
-    teacher, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.first(32)
+    net, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.first(32)
     cond = loaded.encode(captions)
 
     def first_block(e):
-        emb = teacher.input_proj(e.reshape(len(e), teacher.L, -1))
-        return teacher.features(emb, cond, [1])[0]
-    made_by = {'teacher, untrained as generator': teacher.state_dict(), f'{start["stage"]}.pt': start['ema']}
+        emb = net.input_proj(e.reshape(len(e), net.L, -1))
+        return net.features(emb, cond, [1])[0]
+    made_by = {'teacher, untrained as generator': net.state_dict(), f'{start["stage"]}.pt': start['ema']}
     if os.path.exists(out):
         made_by['gan.pt'] = load_checkpoint(out, 'gan', fallback=True)['ema']
     print(f'soft embeddings of 32 captions, mean over images and 32 draws each\n{"generator":34s}{"f":18s}entropy  '
           'tr Cov(e)  |f(E e) - E f(e)|   bound  relative to |f(E e)|')
     for name, weights in made_by.items():
         rngs = image_rngs(seed, range(len(captions)), loaded.device)
-        logits, _ = one_step(copy_of(teacher, weights, name), cond, r_init, sigma_init, tau, rngs)
+        logits, _ = one_step(copy_of(net, weights, name), cond, r_init, sigma_init, tau, rngs)
         z = logits.float() / tau_soft
         label = f'{name:34s}'
         print_bias_of(tokenizer.decode_latents, z, tokenizer.table, f'{label}{"decoder":18s}')
-        print_bias_of(first_block, z, teacher.table[:teacher.V], f'{label}{"first block":18s}')
+        print_bias_of(first_block, z, net.table[:net.V], f'{label}{"first block":18s}')
 
 
 def print_bias_of(f, z, table, label):
@@ -433,33 +434,29 @@ def random_tokens(loaded):
     return TokenData(table.numpy(), loaded.net.N, loaded.words)
 
 
-def start_path(settings):
-    return settings['init'] or os.path.join(out_folder(settings['out_dir'], settings['teacher']), 'distill.pt')
-
-
-def handed_on(settings, given):
-    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts
-    from."""
-    return settings_of(start_path(settings), INHERITED)
+def handed_on(settings):
+    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the generator's settings."""
+    folder = out_folder(settings['out_dir'], settings['teacher'])
+    start = settings['init'] or os.path.join(folder, 'distill.pt')
+    return dict(settings_of(start, INHERITED), init=start)
 
 
 def load_start(folder, run):
     """-> the teacher with what surrounds it, the real images too; the checkpoint that generator and
-    auxiliary model start from; its file."""
-    first = start_path(globals())
-    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
+    auxiliary model start from."""
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
     if bench and teacher_path == 'random':
         loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device)
         loaded.real, weights = random_tokens(loaded), loaded.net.state_dict()
-        return loaded, dict(stage='model', ema=weights, aux=weights), path
-    start = load_checkpoint(first, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
+        return loaded, dict(stage='model', ema=weights, aux=weights)
+    start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
     loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
-    same_tokens(loaded, start, first)
+    same_tokens(loaded, start, init)
     if not loaded.data:
         raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders')
     if not bias:
         loaded.real = real_tokens(folder, loaded, run)
-    return loaded, start, first
+    return loaded, start
 
 
 # -----------------------------------------------------------------------------
@@ -469,18 +466,22 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'gan', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
+    if os.path.abspath(init) == os.path.abspath(out):
+        raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
     if not w_gan and not w_dimo:
         raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
-    loaded, start, first = load_start(folder, run)
+    if bias and run.world > 1:
+        raise ValueError('--bias runs as one process; start it with python, not torchrun')
+    loaded, start = load_start(folder, run)
     if bias:
         print_bias(loaded, start, out)
         raise SystemExit
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
-    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
-    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
+    nets.generator = copy_of(loaded.net, start['ema'], stage, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], stage)
+    nets.aux = copy_of(loaded.net, start['aux'], stage, True, freeze_tables, grad_checkpoint)
     nets.teacher.checkpointing = grad_checkpoint       # the heads' gradient passes through it
     torch.manual_seed(seed)
     nets.disc = make_discriminator(loaded).to(run.device)
@@ -494,7 +495,7 @@ if __name__ == '__main__':
 
     # Resume
     step, smooth = 0, {}
-    if resume:
+    if resumes(resume, out):
         state = load_resumed(out, stage, config)
         same_tokens(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
@@ -526,9 +527,9 @@ if __name__ == '__main__':
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
-    above = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
+    compared = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
     if run.rank == 0:
-        grid_above, _ = render(above, loaded, shown, seed)
+        compared_grid, _ = render(compared, loaded, shown, seed)
 
     # The discriminator alone learns the game first
     stop = Stop()
@@ -556,7 +557,7 @@ if __name__ == '__main__':
             # Show
             grid, _ = render(one_pass, loaded, shown, seed)
             picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
+            save_grid(picture, torch.cat([compared_grid, grid]), shown * 2)
             bar.write(f'step {step}: grid in {picture}')
         if ending:
             break
@@ -588,12 +589,10 @@ if __name__ == '__main__':
     # Print the table
     if run.rank == 0 and step >= steps and reference:
         samplers = {}
-        for n in (most,):
-            passes = teacher_passes(nets.teacher, n, teacher_cfg)
-            sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
-            samplers[f'teacher, {n} steps'] = passes, sampler
+        passes = teacher_passes(nets.teacher, most, teacher_cfg)
+        samplers[f'teacher, {most} steps'] = passes, compared
         before = 'gan before' if start['stage'] == 'gan' else start['stage']
-        start_net = copy_of(loaded.net, start['ema'], first)
+        start_net = copy_of(loaded.net, start['ema'], stage)
         samplers[f'{before}, 1 step'] = 1, student_sampler(start_net, r_init, sigma_init, tau_sample)
         samplers['gan, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)

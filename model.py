@@ -76,9 +76,9 @@ class Block(nn.Module):
     def attention(self, x):
         B, L, D = x.shape
         qkv = self.qkv(x)
-        if not x.is_cuda:
-            qkv = qkv.to(self.qkv.weight.dtype)                # a CPU's bf16 attention is slow: five times
-        with torch.autocast('cpu', enabled=False):             # float32's time in backward
+        if not x.is_cuda:                                      # a CPU's bf16 attention is slow: its backward
+            qkv = qkv.to(self.qkv.weight.dtype)                # takes five times that of float32
+        with torch.autocast('cpu', enabled=False):
             qkv = qkv.view(B, L, 3, self.n_head, D // self.n_head)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, H, L, D / H) each
             h = F.scaled_dot_product_attention(q, k, v)
@@ -192,7 +192,7 @@ class MDM(nn.Module):
         condition."""
         emb = x if self.is_embedding(x) else self.embed(x)
         emb = add_noise(emb, sigma, rng)
-        h, = self.features(emb, cond, [len(self.blocks)])
+        h = self.features(emb, cond, [len(self.blocks)])[0]
         h = self.last(h)
         if self.config['bits']:
             return self.output(h).view(len(h), self.N, self.V)
@@ -374,8 +374,7 @@ def reveal_counts(steps, N):
         raise ValueError(f'steps must lie in 1..{N} (the number of tokens), got {steps}')
     if steps == 1:
         return [N]
-    progress = torch.arange(steps) / (steps - 1)
-    v = torch.arccos(1 - progress) / (math.pi / 2)
+    v = mask_ratio(1 - torch.arange(steps) / (steps - 1))      # arccos(1 - j / (n - 1)) / (pi / 2)
     counts = (v / v.sum() * N).round().clamp(min=1).long().tolist()
     counts[-1] += N - sum(counts)
     while counts[-1] < 1:                                      # only with nearly as many steps as tokens
@@ -610,7 +609,7 @@ if __name__ == '__main__':
 
     import numpy as np
 
-    from common.files import (load_checkpoint, load_resumed, optimizer_states, restore, restore_optimizers,
+    from common.files import (load_checkpoint, load_resumed, optimizer_states, restore, restore_optimizers, resumes,
                               save_checkpoint)
     from common.images import TokenData, open_data, save_grid, token_data, word_encoder
     from common.metrics import render
@@ -642,7 +641,7 @@ if __name__ == '__main__':
     average = MDM(**net.config).to(run.device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
     step, smooth = 0, torch.zeros((), device=run.device)
-    if resume:
+    if resumes(resume, out):
         state = load_resumed(out, 'model', config)
         restore(net, state['net'], out, 'net')
         restore(average, state['ema'], out, 'ema')
@@ -651,8 +650,8 @@ if __name__ == '__main__':
     forward = torch.compile(net) if compile else net
 
     def update():
-        """One training step -> masked cross-entropy, gradient norm."""
-        set_rates(optimizers['net'], min(1, (step + 1) / 100) * cosine_law(step, steps))
+        """One training step -> masked cross-entropy of the last micro-batch, gradient norm."""
+        set_rates(optimizers['net'], cosine_law(step, steps, warmup=100))
         net.zero_grad()
         for k in range(run.accumulate):
             rng = micro_rng(seed, step, k, run)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, save_checkpoint, settings_of)
+                          restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import save_grid
 from common.metrics import final_table, render
 from common.rewards import Judged, load_rewards, make_rewards, reward_sum, world_reward
@@ -36,6 +36,7 @@ from model import (aux_loss, dimo_grad, draw_tokens, guided_logits, jeffreys, te
 # -----------------------------------------------------------------------------
 # I/O
 init = ''              # generator to start from, '' = out_dir/distill.pt; gan.pt and reward.pt do as well
+data = ''              # images, '' = what the teacher was trained on; say where that folder is if it has moved
 out_dir = ''           # rewards.pt is found here; reward.pt, log, pictures go here, '' = out/ or out/NAME of the teacher
 teacher = 'ours'       # this and the next four: read from the generator's checkpoint unless given
 teacher_path = ''      # file of a published teacher
@@ -252,33 +253,29 @@ def held_out_of(row):
     return row['held_out']
 
 
-def start_path(settings):
-    return settings['init'] or os.path.join(out_folder(settings['out_dir'], settings['teacher']), 'distill.pt')
-
-
-def handed_on(settings, given):
-    """Teacher, paths and the generator's settings: what the checkpoint says that the run starts
-    from."""
-    return settings_of(start_path(settings), INHERITED)
+def handed_on(settings):
+    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the generator's settings."""
+    folder = out_folder(settings['out_dir'], settings['teacher'])
+    start = settings['init'] or os.path.join(folder, 'distill.pt')
+    return dict(settings_of(start, INHERITED), init=start)
 
 
 def load_start(folder, run):
     """-> the teacher with what surrounds it, the rewards too; the checkpoint that generator and
-    auxiliary model start from; its file."""
-    first = start_path(globals())
-    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, first)
-    start = load_checkpoint(first, 'distill|gan|reward', 'Make one with: python distill.py', fallback=True)
+    auxiliary model start from."""
+    path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
+    start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
     if not start['data']:
-        raise ValueError(f'{first}: was made without data; reward.py is for the shapes world and image folders')
-    loaded = load_teacher(teacher, path, tokenizer_path, start['data'], teacher_heads, run.device)
-    same_tokens(loaded, start, first)
+        raise ValueError(f'{init}: was made without data; reward.py is for the shapes world and image folders')
+    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
+    same_tokens(loaded, start, init)
     world_file = os.path.join(folder, 'rewards.pt')
     make_rewards(world_file, loaded, globals(), run)
     loaded.rewards = load_rewards(globals(), world_file, run.device)
     if not loaded.rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
     loaded.held_out = world_reward(world_file, 'held_out', run.device)
-    return loaded, start, first
+    return loaded, start
 
 
 # -----------------------------------------------------------------------------
@@ -288,16 +285,16 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'reward', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
-    if os.path.abspath(start_path(config)) == os.path.abspath(out):
+    if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
-    loaded, start, first = load_start(folder, run)
+    loaded, start = load_start(folder, run)
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)
-    nets.generator = copy_of(loaded.net, start['ema'], first, True, freeze_tables, grad_checkpoint)
-    nets.generator_ema = copy_of(loaded.net, start['ema'], first)
-    nets.aux = copy_of(loaded.net, start['aux'], first, True, freeze_tables, grad_checkpoint)
-    start_net = copy_of(loaded.net, start['ema'], first)
+    nets.generator = copy_of(loaded.net, start['ema'], stage, True, freeze_tables, grad_checkpoint)
+    nets.generator_ema = copy_of(loaded.net, start['ema'], stage)
+    nets.aux = copy_of(loaded.net, start['aux'], stage, True, freeze_tables, grad_checkpoint)
+    start_net = copy_of(loaded.net, start['ema'], stage)
 
     # Build the optimizers
     optimizers, betas = {}, (beta1, beta2)
@@ -308,7 +305,7 @@ if __name__ == '__main__':
     # Resume
     step, smooth = 0, {}
     history, best = [], {}                             # measurements; the average at its best one
-    if resume:
+    if resumes(resume, out):
         state = load_resumed(out, stage, config)
         same_tokens(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
@@ -327,7 +324,7 @@ if __name__ == '__main__':
         print(f'generator {millions(nets.generator):.2f} M parameters')
         print(f'{steps} updates of {batch_size} = {run.world} x {run.accumulate} x {run.micro}')
         weights = ' + '.join(f'{weight:g} {name}' for name, (weight, _) in loaded.rewards.items())
-        print(f'rewards {weights} ({relax}), Di[M]O {w_dimo:g}, from {first}')
+        print(f'rewards {weights} ({relax}), Di[M]O {w_dimo:g}, from {init}')
     if bench:
         def bench_step():
             update(nets, optimizers, loaded, run, step)
@@ -340,9 +337,9 @@ if __name__ == '__main__':
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
-    above = student_sampler(start_net, r_init, sigma_init, tau_sample)
+    compared = student_sampler(start_net, r_init, sigma_init, tau_sample)
     if run.rank == 0:
-        grid_above, _ = render(above, loaded, shown, seed)
+        compared_grid, _ = render(compared, loaded, shown, seed)
 
     turned = False
     stop = Stop()
@@ -363,15 +360,15 @@ if __name__ == '__main__':
                 history.append(dict(step=step, **{key: row[key] for key in MEASURED}))
             # Save
             state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
-            state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())
+            state.update(net=nets.generator.state_dict(), ema=best)     # ema is what gets sampled
             state.update(aux=nets.aux.state_dict(), optimizers=optimizer_states(optimizers))
-            state.update(ema=best, average=nets.generator_ema.state_dict(), history=history)
+            state.update(average=nets.generator_ema.state_dict(), history=history)
             if step:
                 save_checkpoint(out, state)
             # Show
             grid, _ = render(one_pass, loaded, shown, seed)
             picture = f'{folder}/{stage}-{step:06d}.png'
-            save_grid(picture, torch.cat([grid_above, grid]), shown * 2)
+            save_grid(picture, torch.cat([compared_grid, grid]), shown * 2)
             bar.write(f'step {step}: grid in {picture}')
             turned = has_turned([row['held_out'] for row in history], patience)
         turned = agreed(turned, step % save_every == 0, run)
@@ -403,11 +400,10 @@ if __name__ == '__main__':
             kept = max(history, key=held_out_of)['step']
             print(f'kept: step {kept}, where the held-out reward was highest; stopped at {step}')
         samplers = {}
-        for n in (most,):
-            passes = teacher_passes(nets.teacher, n, teacher_cfg)
-            sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
-            samplers[f'teacher, {n} steps'] = passes, sampler
-        samplers[f'start, {start["stage"]}'] = 1, above
+        passes = teacher_passes(nets.teacher, most, teacher_cfg)
+        sampler = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
+        samplers[f'teacher, {most} steps'] = passes, sampler
+        samplers[f'start, {start["stage"]}'] = 1, compared
         samplers['rewarded, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
     end_run()

@@ -70,7 +70,7 @@ RECIPES = {'maskgit': dict(steps=8, cfg_scale=4.0, gumbel=4.5, batch=64),
            'maskbit': dict(steps=64, cfg_scale=8.1, gumbel=7.8, power=3.0, batch=64)}
 
 # Settings that a generator's checkpoint hands on
-INHERITED = ('tokenizer_path', 'r_init', 'sigma_init', 'tau_sample')
+INHERITED = ('r_init', 'sigma_init', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
     teacher=('ours', 'maskgit', 'maskbit'), law=('', 'maskgit', 'maskbit'), weights=('ema', 'net'),
@@ -82,18 +82,18 @@ GIVEN = ()             # the settings that the command line names: `configure` w
 
 
 def load():
-    """-> (the network with what surrounds it, the kind of file that it is from, its training step,
-    a path beside which results are written). A published teacher is read from its files, everything
+    """-> the network with what surrounds it; the stage that made it; its training step; its file; the
+    path beside which results are written. A published teacher is read from its files, everything
     else from --ckpt."""
     if teacher != 'ours':
         loaded = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads, run.device)
         if weights != 'ema':
             raise ValueError(f'{teacher} has one set of weights; leave --weights=ema')
-        return loaded, 'distill' if student else 'model', 0, os.path.join('out', teacher)
+        return loaded, 'model', 0, teacher_path, os.path.join('out', teacher)
     state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     loaded = unpack(state, run.device, weights, tokenizer_path, ckpt)
     name_classes(loaded)
-    return loaded, state['stage'], state['step'], os.path.splitext(ckpt)[0]
+    return loaded, state['stage'], state['step'], ckpt, os.path.splitext(ckpt)[0]
 
 
 def name_classes(loaded):
@@ -167,7 +167,7 @@ def measure_inception():
     """FID and IS with the network that the user names, precision and recall where the reference has
     images."""
     if not loaded.classes:
-        raise ValueError(f'--inception needs a model of classes; {ckpt} reads captions')
+        raise ValueError(f'--inception needs a model of classes; {path} reads captions')
     network, digest = load_inception(inception, run.device)
     reference = open_reference(ref)
     labels = balanced_labels(n_metrics, len(loaded.classes), seed)
@@ -178,7 +178,7 @@ def measure_inception():
               f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
         if 'arr_0' not in reference:
             print(f'no precision and recall: {ref} holds no images (arr_0)')
-        write_json(f'{stem}-inception.json', dict(row, ckpt=ckpt, step=step, seed=seed, ref=ref, sha256=digest))
+        write_json(f'{stem}-inception.json', dict(row, ckpt=path, step=step, seed=seed, ref=ref, sha256=digest))
 
 
 def open_reference(path):
@@ -206,7 +206,7 @@ def measure_toy():
     entries = [dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions))]
     for s, g in settings:
         images, ms = render(sampler(s, g), loaded, captions, seed, batch)
-        name = f'cfg {s:g} gumbel {g:g}' if is_teacher else os.path.basename(ckpt)
+        name = f'cfg {s:g} gumbel {g:g}' if is_teacher else os.path.basename(path)
         entry = dict(name=name, passes=passes(s), ms=round(ms, 2), **reference.measure(images, captions))
         entries.append(entry)
         if sweep:
@@ -217,7 +217,7 @@ def measure_toy():
     name = f'{stem}-{"sweep" if sweep else "metrics"}'
     if seed:
         name += f'-{seed}'
-    write_json(f'{name}.json', dict(ckpt=ckpt, step=step, seed=seed, rows=entries))
+    write_json(f'{name}.json', dict(ckpt=path, step=step, seed=seed, rows=entries))
 
 
 def draw_grid():
@@ -240,7 +240,7 @@ def write_json(path, content):
     print(f'-> {path}')
 
 
-def handed_on(settings, given):
+def handed_on(settings):
     """What a generator's checkpoint says that it was made with."""
     if settings['teacher'] != 'ours':
         return {}
@@ -254,13 +254,17 @@ if __name__ == '__main__':
     run = start_run(half=('cuda',))                    # float32 on a CPU, as in the stages' tables
     if run.world > 1 and not (metrics and inception):
         raise ValueError('runs as one process, except for --metrics --inception=...; start it with python')
+    if (inception or ref) and (sweep or not metrics):
+        raise ValueError('--inception and --ref go with --metrics, and not with --sweep')
+    if bool(inception) != bool(ref):
+        raise ValueError('--inception and --ref go together: a network and the statistics made with it')
     if (metrics or sweep) and (prompt or label or png_dir):
         raise ValueError('--metrics and --sweep use captions of the data and write no images; leave out --prompt, '
                          '--label and --png_dir')
-    loaded, stage, step, stem = load()
-    is_teacher = stage == 'model'
+    loaded, stage, step, path, stem = load()
+    is_teacher = stage == 'model' and not student
     if not is_teacher and ('steps' in GIVEN and steps > 1 or sweep):
-        raise ValueError(f'{ckpt}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
+        raise ValueError(f'{path}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
     n_steps = 1
     if is_teacher:
         n_steps = steps or min(16, loaded.net.N)

@@ -147,9 +147,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
                            code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
-        widths = [ch * int(m) for m in ch_mult.split(',')]
-        if min(widths) < 1:
-            raise ValueError(f'ch_mult {ch_mult} has a level without channels; expected numbers from 1, as in 1,2,4')
+        widths = level_widths(ch, ch_mult)
         cell = 2 ** (len(widths) - 1)                          # pixels of a place on the grid
         if image_size < 1 or image_size % cell:
             raise ValueError(f'image_size {image_size} is not a multiple of {cell}, which the '
@@ -161,6 +159,9 @@ class Tokenizer(nn.Module):
         self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))    # images that fit one pass: 32 at 256x256
         plain = S > 0
         groups = groups or min(32, ch // 2)
+        if any(width % groups for width in (ch, *widths)):
+            raise ValueError(f'ch {ch} and ch_mult {ch_mult} give levels of {widths} channels, which do not fall into '
+                             f'{groups} groups; try an even ch')
         z = S * code_dim or z or widths[-1]
         attends = attention.split(',')
         self.encoder = make_encoder(widths, ch, n_res, mid, z, groups, plain, attends)
@@ -286,6 +287,14 @@ class Tokenizer(nn.Module):
         return published_tokenizer(kind, path, grid, S)
 
 
+def level_widths(ch, ch_mult):
+    """'1,2,4' -> channels of each level. Raises ValueError."""
+    factors = ch_mult.split(',')
+    if not all(factor.strip().isdecimal() and int(factor) > 0 for factor in factors):
+        raise ValueError(f'ch_mult {ch_mult!r} has a level without channels; expected numbers from 1, as in 1,2,4')
+    return [ch * int(factor) for factor in factors]
+
+
 def make_encoder(widths, ch, n_res, mid, z, groups, plain, attention):
     """Images (B, 3, H, W) -> (B, z, grid, grid): a level per width, full resolution first."""
     last, top = len(widths) - 1, widths[-1]
@@ -342,7 +351,7 @@ def spread_out(z, k, rng, taken, near=0.0):
 if __name__ == '__main__':
     import os
 
-    from common.files import load_resumed, optimizer_states, restore, restore_optimizers, save_checkpoint
+    from common.files import load_resumed, restore, restore_optimizers, resumes, save_checkpoint
     from common.images import decode_images, encode_images, open_data, save_grid
     from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, progress,
                             report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
@@ -359,7 +368,7 @@ if __name__ == '__main__':
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                   fused=run.device.type == 'cuda')
     usage, step = torch.zeros(n_codes, device=run.device), 0
-    if resume:
+    if resumes(resume, out):
         state = load_resumed(out, 'tokenizer', config)
         restore(net, state['net'], out, 'net')
         restore_optimizers(dict(net=[optimizer]), [state['optimizer']], out)
@@ -370,9 +379,8 @@ if __name__ == '__main__':
     def update():
         """One training step: gradients over the micro-batches, clip, AdamW -> mean |error|, vq
         loss, gradient norm."""
-        warm = lr * min(1, (step + 1) / 50)
         for group in optimizer.param_groups:
-            group['lr'] = warm * cosine_law(step, steps, floor=0.1)
+            group['lr'] = lr * cosine_law(step, steps, warmup=50, floor=0.1)
         optimizer.zero_grad(set_to_none=False)
         for k in range(run.accumulate):
             rng = micro_rng(seed, step, k, run, device='cpu')

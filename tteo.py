@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from common.files import load_checkpoint, settings_of
-from common.images import open_data, save_curve, save_grid
+from common.images import save_curve, save_grid
 from common.rewards import load_rewards, reward_sum, world_reward
 from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, writing)
 from common.teachers import unpack
@@ -34,6 +34,7 @@ from model import relaxed, start_embedding
 # I/O
 ckpt = 'out/reward.pt'  # any generator: distill.pt, gan.pt, reward.pt; rewards.pt is found beside it
 prompt = ''            # one caption for all images; '' = n held-out captions of all tasks
+data = ''              # where the images are now that it was trained on, if they have moved
 n = 0                  # images, 0 = 16 of one prompt or 300 of all tasks
 seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
@@ -87,15 +88,22 @@ def passes_of(iterations, output, starts=1):
 
 
 def drawing(loaded, cond, captions, rngs):
-    """-> draw(emb (B, L, D)) -> images to differentiate, images handed out."""
+    """-> draw(emb (B, L, D)) -> images to differentiate, images handed out: soft decodes, or those of
+    the likeliest tokens."""
+    decode = loaded.tokenizer.decode
+
     def draw(emb):
         logits = loaded.net(emb, cond)
-        if output == 'soft' or emb.requires_grad:
-            soft = loaded.tokenizer.decode(relaxed(logits, relax, tau, rngs), captions)
+        if output == 'soft' and relax == 'soft':
+            images = decode(relaxed(logits, 'soft', tau), captions)
+            return images, images
         if output == 'soft':
-            return soft, soft
-        hard = loaded.tokenizer.decode(logits.argmax(-1), captions)    # from ids: no graph
-        return soft if emb.requires_grad else hard, hard
+            handed_out = decode(relaxed(logits.detach(), 'soft', tau), captions)
+        else:
+            handed_out = decode(logits.argmax(-1), captions)           # from ids: no graph
+        if not emb.requires_grad:
+            return handed_out, handed_out
+        return decode(relaxed(logits, relax, tau, rngs), captions), handed_out
     return draw
 
 
@@ -239,7 +247,7 @@ def show_entries(entries, tasks, task_names):
     return table
 
 
-def handed_on(settings, given):
+def handed_on(settings):
     """What the generator's checkpoint says that it was made with."""
     return settings_of(settings['ckpt'], INHERITED)
 
@@ -257,7 +265,8 @@ if __name__ == '__main__':
     if not state['data']:
         raise ValueError(f'{ckpt}: was made without data, so there are no small reward models to choose images by')
     loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt)
-    source = open_data(loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
+    loaded.data = data or loaded.data
+    source = loaded.source
     folder = os.path.dirname(ckpt)
     world_file, stem = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
     made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']

@@ -72,16 +72,23 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
     return state
 
 
-def read_checkpoint(path):
-    """-> what the file holds, and what is wrong with it or ''."""
+def read_checkpoint(path, mapped=False):
+    """-> what the file holds, and what is wrong with it or ''. Mapped: tensors are read when used."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True), ''
+        mapped = mapped and zipfile.is_zipfile(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped), ''
     except FileNotFoundError:
         return None, 'no such checkpoint'
     except Exception as error:  # torch raises many kinds here
-        if type(error).__name__ == 'UnpicklingError' and os.path.getsize(path) > 0:
-            return None, ('refused, it holds more than tensors and plain containers (nothing in it was executed)')
+        if type(error).__name__ == 'UnpicklingError' and is_pickle(path):
+            return None, 'refused, it holds more than tensors and plain containers (nothing in it was executed)'
         return None, f'truncated or not a checkpoint ({first_line(error, 80)})'
+
+
+def is_pickle(path):
+    """Is it what torch.save writes, today's zip or yesterday's pickle?"""
+    with open(path, 'rb') as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b'\x80'
 
 
 def not_the_stage(state, stage):
@@ -102,13 +109,22 @@ def first_line(error, most):
 def settings_of(path, keys):
     """What a checkpoint says of the settings `keys` -> {setting: value}; {} where there is no
     readable one (loading it will say so)."""
-    state, problem = read_checkpoint(path)
+    state, problem = read_checkpoint(path, mapped=True)
     if problem:
-        state, problem = read_checkpoint(previous(path))
+        state, problem = read_checkpoint(previous(path), mapped=True)
     if problem or not isinstance(state, dict):
         return {}
-    made = state.get('config', {})
-    return {key: made[key] for key in keys if key in made}
+    made = {key: value for key, value in state.get('config', {}).items() if key in keys}
+    if not os.path.exists(made.get('teacher_ckpt', '')):       # gone; model.pt beside the checkpoint may do
+        made.pop('teacher_ckpt', None)
+    return made
+
+
+def resumes(resume, path):
+    """Is there something that --resume continues? Without it the run starts, with a note."""
+    if resume and not exists(path) and is_rank0():
+        print(f'note: {path} is not there yet, so there is nothing to resume; starting at step 0')
+    return resume and exists(path)
 
 
 def load_resumed(path, stage, config):

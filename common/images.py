@@ -300,8 +300,9 @@ def word_ids(captions, words, length):
     ids = torch.full((len(captions), length), len(words), dtype=torch.int64)
     for i, caption in enumerate(captions):
         parts = caption.lower().split()
-        if caption.strip() in number:
-            parts = [caption.strip()]
+        for whole in (caption.strip(), caption):               # a class may end in a blank
+            if whole in number:
+                parts = [whole]
         for k, word in enumerate(parts):
             if word not in number:
                 raise ValueError(f'unknown word {word!r} in {caption!r}; {suggestion(word, words)}')

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from common.files import load_checkpoint, read_published, restore, save_checkpoint
 from common.images import encode_images, word_ids
 from common.metrics import Reference
-from common.run import meet, progress, rng_for
+from common.run import cosine_law, meet, progress, rng_for
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -597,13 +597,6 @@ def contrastive_loss(net, batch):
     return loss_true + loss_false + loss_other
 
 
-def reward_rate(step, settings):
-    """Learning rate: a linear warm-up, then a cosine that ends at zero."""
-    rising = min(1, (step + 1) / WARMUP)
-    falling = 0.5 + 0.5 * math.cos(math.pi * step / settings['reward_steps'])
-    return settings['reward_lr'] * rising * falling
-
-
 def train_reward(kind, source, tokenizer, words, T, part, device, settings):
     """Train one two-tower model of this kind -> TwoTower. `words` and T are its vocabulary and the
     length of a caption, `part` numbers the model in the seeds, settings holds seed, reward_steps,
@@ -621,7 +614,7 @@ def train_reward(kind, source, tokenizer, words, T, part, device, settings):
     examples = reward_examples(source, tokenizer, words, T)
     bar = progress(settings['reward_steps'], f'reward model {kind}')
     for step in range(settings['reward_steps']):
-        optimizer.param_groups[0]['lr'] = reward_rate(step, settings)
+        optimizer.param_groups[0]['lr'] = settings['reward_lr'] * cosine_law(step, settings['reward_steps'], warmup=50)
         rng = rng_for(settings['seed'], step, ('rewards', part))
         batch = build_batch(examples, tokenizer, rng, device, settings)
         loss = contrastive_loss(net, batch)

@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def configure(g, recipes=None, handed_on=None, argv=None):
     """Set the lower-case scalar globals of a script `g` and return them as a dict, which is printed
     and saved. `recipes` {teacher: {setting: value}} is what --teacher=NAME changes;
-    handed_on(settings, given) -> {setting: value} is what a checkpoint says. The command line takes
+    handed_on(settings) -> {setting: value} is what a checkpoint says. The command line takes
     --key=value, --key value, a bare --key for a bool; dashes equal underscores; --help prints the
     block. Exits with one line on an unknown key, a wrong type, a value that cannot be."""
     sys.excepthook = report_error
@@ -41,7 +41,7 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     settings = {key: g[key] for key in keys}
     settings.update(given)
     if handed_on is not None:
-        settings.update(handed_on(settings, given))
+        settings.update(handed_on(settings))
         settings.update(given)
     recipe = (recipes or {}).get(settings.get('teacher'), {})
     for key, value in recipe.items():
@@ -53,11 +53,21 @@ def configure(g, recipes=None, handed_on=None, argv=None):
         applied = {key: value for key, value in recipe.items() if key not in given}
         listed = ' '.join(f'--{key}={value}' for key, value in applied.items())
         print(f'recipe of --teacher={settings["teacher"]}: {listed}')
-    if settings.get('data') and settings['data'] not in DRAWN:
-        settings['data'] = os.path.abspath(settings['data'])   # a checkpoint names the folder from anywhere
+    for key in settings:
+        settings[key] = absolute(key, settings[key])
     check_limits(script, settings, g.get('LIMITS', {}), {key: g[key] for key in keys})
     g.update(settings, GIVEN=tuple(given))
     return settings
+
+
+def absolute(key, value):
+    """Paths that a checkpoint hands on are good from anywhere: a folder of data, and what is there of the other files;
+    a hub id or the word random stays as it is."""
+    if key == 'data' and value and value not in DRAWN:
+        return os.path.abspath(value)
+    if (key.endswith('_path') or key in ('teacher_ckpt', 'init')) and os.path.exists(value):
+        return os.path.abspath(value)
+    return value
 
 
 def script_name(g):
@@ -349,10 +359,11 @@ def rate_law(step, steps, warmup, cooldown):
     return min(1, rising, falling)
 
 
-def cosine_law(step, steps, floor=0.0):
-    """The law of the small networks that are trained here: from 1 to `floor` along half a
-    cosine."""
-    return (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / max(1, steps))
+def cosine_law(step, steps, warmup=1, floor=0.0):
+    """The law of the small networks that are trained here: linear warm-up, and from 1 to `floor`
+    along half a cosine."""
+    cosine = (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * step / max(1, steps))
+    return min(1, (step + 1) / warmup) * cosine
 
 
 def set_rates(optimizers, factor):
@@ -516,13 +527,20 @@ class Log:
     def lines_until(self, step):
         if not step or not os.path.exists(self.path):
             return []
-        with open(self.path) as file:
-            whole = [line for line in file if line.endswith('\n')]
-        return [line for line in whole if json.loads(line)['step'] <= step]
+        with open(self.path, errors='replace') as file:
+            return [line for line in file if logged_step(line) <= step]
 
     def write(self, row):
         with writing(self.path), open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
+
+
+def logged_step(line):
+    """The step of a log line, infinity where a crash has left something else."""
+    try:
+        return json.loads(line)['step'] if line.endswith('\n') else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def smoothed(smooth, numbers, keys, share=0.05):

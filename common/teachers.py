@@ -98,7 +98,8 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu')
     Raises ValueError, FileNotFoundError with one line."""
     folder = '' if data in WORLDS else data
     if kind == 'ours':
-        state = load_checkpoint(path, 'model', 'Train it with: python model.py', fallback=True)
+        state = load_checkpoint(path, 'model', 'Train it with: python model.py, or say where it is: --teacher_ckpt=FILE',
+                                fallback=True)
         state['data'] = folder or state['data']                # which may have moved
         return unpack(state, device, path=path)
     net, tokenizer = published_pair(kind, path, tokenizer_path, n_head)
@@ -282,7 +283,8 @@ def published_transformer(kind, path, n_head=None, V=None):
         config = maskbit_config(w, name, size, length, D)
     n_head = n_head or TRANSFORMERS[kind]['n_head']
     if n_head < 1 or D % n_head:
-        raise ValueError(f'{name}: width {D} does not fall into {n_head} heads (published: 16); give n_head=...')
+        raise ValueError(f'{name}: width {D} does not fall into {n_head} heads (published: 16); give n_head=... '
+                         '(--teacher_heads)')
     fixed = {key: TRANSFORMERS[kind][key] for key in ('post_norm', 'eps')}
     with torch.device('meta'):
         model = MDM(**config, D=D, depth=depth, n_head=n_head, mlp=mlp, **fixed)

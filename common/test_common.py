@@ -126,7 +126,7 @@ def test_limits_and_what_a_checkpoint_hands_on_are_settings_of_their_script():
 
 
 def test_the_command_line_beats_the_recipe_the_recipe_the_checkpoint_and_that_the_default():
-    def handed_on(found, given):
+    def handed_on(found):
         return dict(lr=0.2, steps=20, D=20, teacher='maskgit')
 
     recipes = dict(maskgit=dict(lr=0.3, steps=30), maskbit=dict(lr=9.0))
