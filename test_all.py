@@ -616,7 +616,6 @@ def test_what_the_stages_share_stands_there_word_for_word():
         texts = {inspect.getsource(getattr(stage, name)) for stage in STAGES}
         assert len(texts) == 1, name
     assert inspect.getsource(gan.handed_on) == inspect.getsource(reward.handed_on)
-    assert inspect.getsource(gan.start_path) == inspect.getsource(reward.start_path)
 
 
 def test_dimo_gradient_is_autograds_of_the_divergence_from_the_guided_teacher():
@@ -1787,7 +1786,6 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
         'distill.py --micro_batch=3': 'batch_size 8 is not a multiple of 1 process(es) x 3',
         'distill.py --teacher_ckpt=no.pt': 'no.pt: no such checkpoint',
         f'distill.py --teacher_ckpt={folder}/tokenizer.pt': 'is a tokenizer checkpoint',
-        f'distill.py --resume {to_folder}': 'Start without --resume',
         f'distill.py --teacher=maskgit {to_folder}': '--teacher=maskgit needs --teacher_path=FILE',
         f'gan.py {to_folder}': 'distill.pt: no such checkpoint',
         f'gan.py --init={done}/model.pt': 'expected distill or gan or reward',

@@ -1435,6 +1435,14 @@ def test_a_checkpoint_hands_on_the_settings_asked_for(tmp_path):
     assert settings_of(path, keys) == dict(tau=0.5, beta=0.1)          # of the one before
 
 
+def test_resume_without_a_file_starts_with_a_note(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    text = printed(files.resumes, True, path)
+    assert text.startswith(f'note: {path} is not there yet') and printed(files.resumes, False, path) == ''
+    files.save_checkpoint(path, dict(stage='distill', step=1))
+    assert files.resumes(True, path) and not files.resumes(False, path)
+
+
 def test_resuming_with_other_settings_is_said(tmp_path):
     path = f'{tmp_path}/x.pt'
     config = dict(beta=0.1, seed=0, resume=False, out_dir='out')
