@@ -33,7 +33,7 @@ import tokenizer
 import tteo
 from common import metrics, rewards, world
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, save_checkpoint, settings_of)
+                          restore_optimizers, save_checkpoint, settings_of, resumes)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
                         micro_rng, out_folder, report_bench, report_error, setting_names,
@@ -1437,10 +1437,10 @@ def test_a_checkpoint_hands_on_the_settings_asked_for(tmp_path):
 
 def test_resume_without_a_file_starts_with_a_note(tmp_path):
     path = f'{tmp_path}/x.pt'
-    text = printed(files.resumes, True, path)
-    assert text.startswith(f'note: {path} is not there yet') and printed(files.resumes, False, path) == ''
-    files.save_checkpoint(path, dict(stage='distill', step=1))
-    assert files.resumes(True, path) and not files.resumes(False, path)
+    text = printed(resumes, True, path)
+    assert text.startswith(f'note: {path} is not there yet') and printed(resumes, False, path) == ''
+    save_checkpoint(path, dict(stage='distill', step=1))
+    assert resumes(True, path) and not resumes(False, path)
 
 
 def test_resuming_with_other_settings_is_said(tmp_path):
