@@ -35,10 +35,13 @@ from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler
 # I/O
 data = 'shapes'        # 'shapes', 'shapes-open' or a folder; only used to train a missing teacher and to measure
 out_dir = ''           # distill.pt, log and pictures go here, '' = out/ or out/NAME of the teacher; ours is found (or made) here
-teacher = 'ours'       # ours (out_dir/model.pt), or published weights: maskgit or maskbit, with the recipe below
+teacher = 'ours'       # ours (out_dir/model.pt), or published: maskgit, maskbit, maskgen, meissonic (recipes below)
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
 teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
+text_path = ''         # CLIP text encoder of maskgen, meissonic: folder (weights, word files) or hub id
+prompts = ''           # file of prompts that these train on (.txt, .jsonl, .json, .csv), '' = captions of --data
+teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/distill.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -96,10 +99,23 @@ RECIPES = {
         aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0, r_init=0.6, sigma_init=0.1, beta=0.0,
         cfg_scale=2.0, tau_sample=1.0, p_full=0.0, p_near=0.0, label_smoothing=0.1,
         ema_decay=0.9999, save_every=1000, log_every=50, teacher_steps=64, teacher_cfg=8.1,
-        teacher_gumbel=7.8)}
+        teacher_gumbel=7.8),
+    # text to image. Meissonic: as released by Di[M]O. MaskGen: r_init is the paper's; guidance is our choice
+    'maskgen': dict(
+        steps=50_000, batch_size=64, generator_lr=1e-6, aux_lr=1e-6, generator_muon=0.0,
+        aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0, r_init=0.95, sigma_init=0.1, beta=0.0,
+        cfg_scale=4.0, tau_sample=1.0, p_full=0.0, p_near=0.0, label_smoothing=0.1,
+        ema_decay=0.9999, save_every=1000, log_every=50, teacher_steps=16, teacher_cfg=13.0,
+        teacher_gumbel=2.0),
+    'meissonic': dict(
+        steps=20_000, batch_size=16, micro_batch=2, grad_checkpoint=True, generator_lr=1e-6,
+        aux_lr=1e-6, generator_muon=0.0, aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0,
+        r_init=0.5, sigma_init=0.3, beta=0.0, cfg_scale=4.0, tau_sample=1.0, p_full=0.0, p_near=0.0,
+        schedule='cosine', label_smoothing=0.1, ema_decay=0.9999, save_every=1000, log_every=50,
+        teacher_steps=64, teacher_cfg=9.0, teacher_gumbel=2.0)}
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
     steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
@@ -117,7 +133,7 @@ def draw_batch(nets, loaded, run, rng):
     N)."""
     index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
     captions = [loaded.prompts[k] for k in index.tolist()]
-    cond = loaded.encode(captions)
+    cond = loaded.encode_batch(captions)
     with run.autocast:
         logits, tokens = one_step(nets.generator, cond, r_init, sigma_init, tau, rng)
     return cond, logits, tokens
@@ -197,7 +213,8 @@ def load_start(folder, run):
         train_missing(data, folder, seed)
     meet()
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder)
-    loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device)
+    loaded = load_teacher(teacher, path, tokenizer_path, data, teacher_heads, run.device, text_path, prompts,
+                          teacher_grid)
     weights = loaded.net.state_dict()
     return loaded, dict(stage='model', ema=weights, aux=weights)
 

@@ -45,6 +45,9 @@ teacher = 'ours'       # this and the next four: read from the generator's check
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
 tokenizer_path = ''    # file of its tokenizer
 teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
+text_path = ''         # CLIP text encoder of maskgen, meissonic: folder (weights, word files) or hub id
+prompts = ''           # file of prompts that these train on (.txt, .jsonl, .json, .csv), '' = captions of --data
+teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -114,14 +117,27 @@ RECIPES = {
         generator_muon=0.0, aux_muon=0.0, disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=200.0,
         weight_decay=0.01, beta2=0.999, warmup=100, cooldown=0.0, cfg_scale=2.0, p_full=0.0,
         p_near=0.0, label_smoothing=0.1, ema_decay=0.9999, save_every=1000, teacher_steps=64,
-        teacher_cfg=8.1, teacher_gumbel=7.8)}
+        teacher_cfg=8.1, teacher_gumbel=7.8),
+    # text to image: the paper has Di[M]O and rewards there, no GAN; all of this is our choice
+    'maskgen': dict(
+        steps=10_000, batch_size=64, generator_lr=1e-6, aux_lr=1e-6, generator_muon=0.0,
+        aux_muon=0.0, disc_muon=0.0, disc_lr=1e-4, r_max=0.95, w_gan=50.0, beta2=0.999, warmup=100,
+        cooldown=0.0, cfg_scale=4.0, p_full=0.0, p_near=0.0, label_smoothing=0.1, ema_decay=0.9999,
+        save_every=1000, teacher_steps=16, teacher_cfg=13.0, teacher_gumbel=2.0),
+    'meissonic': dict(
+        steps=10_000, batch_size=16, micro_batch=1, grad_checkpoint=True, generator_lr=1e-6,
+        aux_lr=1e-6, generator_muon=0.0, aux_muon=0.0, disc_muon=0.0, disc_lr=1e-4, r_max=0.95,
+        w_gan=1600.0, beta2=0.999, warmup=100, cooldown=0.0, cfg_scale=4.0, p_full=0.0, p_near=0.0,
+        schedule='cosine', label_smoothing=0.1, ema_decay=0.9999, save_every=1000,
+        teacher_steps=64, teacher_cfg=9.0, teacher_gumbel=2.0)}
 
 # Settings that the generator's checkpoint hands on
-INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teacher_ckpt', 'r_init', 'sigma_init',
+INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'text_path', 'prompts',
+             'teacher_grid', 'teacher_ckpt', 'r_init', 'sigma_init',
              'tau', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
     steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), warmup=0, cooldown=(0, 1),
     clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
@@ -229,7 +245,7 @@ def draw_batch(nets, loaded, run, rng):
     """Real tokens (B, N), the condition of their captions, and what the generator makes of it:
     logits, tokens."""
     real, captions = loaded.real.draw(run, rng)
-    cond = loaded.encode(captions)
+    cond = loaded.encode_batch(captions)
     with run.autocast:
         logits, tokens = one_step(nets.generator, cond, r_init, sigma_init, tau, rng)
     return real, cond, logits, tokens
@@ -391,7 +407,10 @@ def print_bias(loaded, start, out):
     """The bias of soft embeddings beside its bound, through the decoder and through the teacher's
     first block, for the teacher as a generator, the checkpoint `start`, and gan.pt where it is."""
     net, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.first(32)
-    cond = loaded.encode(captions)
+    cond = loaded.encode_batch(captions)
+
+    def decoder(e):
+        return tokenizer.decode_latents(e, captions)
 
     def first_block(e):
         emb = net.input_proj(e.reshape(len(e), net.L, -1))
@@ -406,7 +425,7 @@ def print_bias(loaded, start, out):
         logits, _ = one_step(copy_of(net, weights, name), cond, r_init, sigma_init, tau, rngs)
         z = logits.float() / tau_soft
         label = f'{name:34s}'
-        print_bias_of(tokenizer.decode_latents, z, tokenizer.table, f'{label}{"decoder":18s}')
+        print_bias_of(decoder, z, tokenizer.table, f'{label}{"decoder":18s}')
         print_bias_of(first_block, z, net.table[:net.V], f'{label}{"first block":18s}')
 
 
@@ -424,18 +443,27 @@ def real_tokens(folder, loaded, run):
     loaded.source = open_data(loaded.data, size, n_images, expected=loaded.words)      # no others than our teacher saw
     mirrored = flips or loaded.config.get('flips', False)
     table = token_data(loaded.source, loaded.tokenizer, folder, run.device, flips=mirrored)    # (M, N + T)
-    return TokenData(table, loaded.net.N, loaded.source.words)
+    return TokenData(table, loaded.net.N, loaded.source)
 
 
-def random_tokens(loaded):
-    """A stand-in of 64 rows, to time a published size without any file."""
-    shape = 64, loaded.net.N + 1
-    table = torch.randint(min(loaded.net.V, len(loaded.words)), shape, generator=rng_for(seed, 0))
-    return TokenData(table.numpy(), loaded.net.N, loaded.words)
+class RandomTokens:
+    """A stand-in for real images, to time a published size without any file."""
+
+    def __init__(self, loaded):
+        self.loaded = loaded
+
+    def __len__(self):
+        return len(self.loaded.prompts)
+
+    def draw(self, run, rng):
+        shape = run.micro, self.loaded.net.N
+        tokens = torch.randint(self.loaded.net.V, shape, generator=rng, device=run.device)
+        return tokens, self.loaded.first(run.micro)
 
 
 def handed_on(settings):
-    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the generator's settings."""
+    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the
+    generator's settings."""
     folder = out_folder(settings['out_dir'], settings['teacher'])
     start = settings['init'] or os.path.join(folder, 'distill.pt')
     return dict(settings_of(start, INHERITED), init=start)
@@ -446,14 +474,16 @@ def load_start(folder, run):
     auxiliary model start from."""
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
     if bench and teacher_path == 'random':
-        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device)
-        loaded.real, weights = random_tokens(loaded), loaded.net.state_dict()
+        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device, text_path or 'random')
+        loaded.real, weights = RandomTokens(loaded), loaded.net.state_dict()
         return loaded, dict(stage='model', ema=weights, aux=weights)
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
+    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
+                          prompts, teacher_grid)
     same_tokens(loaded, start, init)
     if not loaded.data:
-        raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders')
+        raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders or of '
+                         'captioned images')
     if not bias:
         loaded.real = real_tokens(folder, loaded, run)
     return loaded, start

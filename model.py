@@ -151,20 +151,7 @@ class MDM(nn.Module):
         before positions. Positions where mask (B, N) is True get the mask embedding. Probabilities
         give the soft embedding, for bits the projection of the expected bits; a one-hot gives
         exactly the hard one. Raises ValueError for other shapes."""
-        table = self.table
-        if x.is_floating_point():
-            if x.shape[1:] != (self.N, self.V):
-                raise ValueError(f'embed expects probabilities (B, {self.N}, {self.V}), got {tuple(x.shape)}')
-            with torch.autocast(x.device.type, enabled=False):       # exact for a one-hot in bf16 runs too
-                # E[e] = sum_v p_v e_v, Soft-Di[M]O (arXiv 2509.22925) Eq. 3
-                emb = x.to(table.dtype) @ table[:self.V]       # (B, N, bits or D)
-        else:
-            if x.shape[1:] != (self.N,):
-                raise ValueError(f'embed expects ids (B, {self.N}), got {tuple(x.shape)}')
-            emb = F.embedding(x, table)                        # (B, N, bits or D)
-        if mask is not None:
-            mask_row = table[self.V].to(emb.dtype)
-            emb = torch.where(mask[..., None], mask_row, emb)
+        emb = expected_rows(x, self.table, self.N, mask)       # (B, N, bits or D)
         return self.input_proj(emb.reshape(len(x), self.L, -1))      # S tokens side by side: (B, L, D)
 
     def features(self, emb, cond, layers):
@@ -199,14 +186,7 @@ class MDM(nn.Module):
         return F.linear(h, self.tok_emb.weight[:self.V]) + self.bias     # the tied row V, the mask, is dropped
 
     def is_embedding(self, x):
-        """Told from probabilities by the shape; where both have the same by what only probabilities
-        do, sum to 1."""
-        if not x.is_floating_point() or x.shape[1:] != (self.L, self.D):
-            return False
-        if (self.N, self.V) != (self.L, self.D):
-            return True
-        sums_to_one = (x.sum(-1) - 1).abs().max() < 1e-2
-        return not ((x > -1e-2).all() and sums_to_one)
+        return is_embedding(x, self)
 
     def words(self, cond):
         return self.cond_emb(cond.view(len(cond), -1))         # (B, T, D)
@@ -225,13 +205,45 @@ class MDM(nn.Module):
         return [p for name, p in self.named_parameters() if name.startswith(tables)]
 
     @classmethod
-    def from_pretrained(cls, kind, path, n_head=None, V=None):
-        """Published weights, kind maskgit or maskbit, from their file, from its folder, or from the
-        dict that it holds; path 'random' is the published size with random weights. Sizes are read
-        off the shapes; n_head is the published 16 unless given, V (MaskGIT: codes and classes share
-        a table) a guess unless given. Errors: ValueError, FileNotFoundError, one line."""
+    def from_pretrained(cls, kind, path, n_head=None, V=None, grid=0, axes=None):
+        """Published weights from their file, its folder, or the dict that it holds; 'random' is the
+        published size with random weights. kind: maskgit, maskbit; maskgen, meissonic are classes
+        of their own. Sizes are read off the shapes. What they do not tell has the published value
+        unless given: n_head; V, where the table holds other rows too; Meissonic's grid (tokens a
+        side) and rotary axes. Errors: ValueError, FileNotFoundError, one line."""
         from common.teachers import published_transformer
-        return published_transformer(kind, path, n_head, V)
+        return published_transformer(kind, path, n_head, V, grid, axes)
+
+
+def expected_rows(x, table, N, mask=None):
+    """Ids (B, N) or probabilities (B, N, V), and a table (V + 1, d) whose last row is the mask ->
+    rows (B, N, d), those of the ids or their expectation. Positions where mask (B, N) is True get
+    the mask. Raises ValueError."""
+    V = len(table) - 1
+    if x.is_floating_point():
+        if x.shape[1:] != (N, V):
+            raise ValueError(f'embed expects probabilities (B, {N}, {V}), got {tuple(x.shape)}')
+        with torch.autocast(x.device.type, enabled=False):     # exact for a one-hot in bf16 runs too
+            # E[e] = sum_v p_v e_v, Soft-Di[M]O (arXiv 2509.22925) Eq. 3
+            rows = x.to(table.dtype) @ table[:V]
+    else:
+        if x.shape[1:] != (N,):
+            raise ValueError(f'embed expects ids (B, {N}), got {tuple(x.shape)}')
+        rows = F.embedding(x, table)
+    if mask is not None:
+        rows = torch.where(mask[..., None], table[V].to(rows.dtype), rows)
+    return rows
+
+
+def is_embedding(x, model):
+    """Is x embeddings (B, L, D), not probabilities (B, N, V) or ids? Told by the shape; where both
+    have the same, by what only probabilities do: they sum to 1."""
+    if not x.is_floating_point() or x.shape[1:] != (model.L, model.D):
+        return False
+    if (model.N, model.V) != (model.L, model.D):
+        return True
+    sums_to_one = (x.sum(-1) - 1).abs().max() < 1e-2
+    return not ((x > -1e-2).all() and sums_to_one)
 
 
 def norm_of(D):
@@ -249,7 +261,11 @@ def square_grid(L):
 
 def random_numbers(shape, rng, device, normal=False):
     """Uniform [0, 1) or normal numbers (B, ...). `rng` is None, one torch.Generator, or a list with
-    one per image, which makes an image independent of the batch it is drawn in."""
+    one per image, which makes an image independent of the batch it is drawn in. Or it is any object
+    with the methods numbers(shape, normal) and choose(probs), which decides itself: so a recorded
+    stream is replayed."""
+    if hasattr(rng, 'numbers'):
+        return rng.numbers(shape, normal).to(device)
     noise = torch.randn if normal else torch.rand
     if isinstance(rng, list):
         rows = [noise(shape[1:], generator=one, device=one.device) for one in rng]
@@ -266,6 +282,8 @@ def gumbel_noise(shape, rng, device):
 
 def categorical(probs, rng=None):
     """One draw per position from probs (B, N, V) by inverting the cumulative sum -> ids (B, N)."""
+    if hasattr(rng, 'choose'):                                 # as in random_numbers
+        return rng.choose(probs)
     total = probs.float().cumsum(-1)
     u = random_numbers(probs.shape[:2], rng, probs.device)
     u = u * total[..., -1]
@@ -364,7 +382,9 @@ def guided_logits(model, x, cond, cfg_scale):
 # -----------------------------------------------------------------------------
 # The teacher's multi-step samplers
 
-Plan = namedtuple('Plan', 'counts guidance noise')             # per step: tokens to reveal, share of guidance, of noise
+# Per step: tokens to reveal, share of guidance, share of noise, softmax temperature
+Plan = namedtuple('Plan', 'counts guidance noise tau')
+LAWS = ('maskgit', 'maskbit', 'maskgen', 'meissonic')
 
 
 def reveal_counts(steps, N):
@@ -394,22 +414,34 @@ def counts_of(wanted, N):
 
 
 def sampling_plan(steps, N, law='maskgit', power=3.0):
-    """The published samplers in numbers per step -> Plan. maskgit: `reveal_counts`, j / (n - 1),
-    1 - j / (n - 1). maskbit, with q = (j + 1) / n: floor(N arccos(q) / (pi / 2)) stay masked, (1
-    - cos(pi (j / n)^power)) / 2, 1 - q. Raises ValueError for another law or more steps than
-    tokens."""
+    """The published samplers in numbers per step -> Plan, q = (j + 1) / n being the progress.
+    MaskGIT alone counts what it reveals (`reveal_counts`); the others what stays masked, floor(N
+    ratio(q)). `power` is MaskBit's. Raises ValueError for another law or more steps than tokens."""
+    if law not in LAWS:
+        raise ValueError(f'unknown law {law!r} of the sampler; expected {" or ".join(LAWS)}')
     counts = reveal_counts(steps, N)
     j = torch.arange(steps)                                    # ratios in float32, as published
+    q = (j + 1) / steps
+    tau = torch.ones(steps)
     if law == 'maskgit':
-        ramp = j / max(1, steps - 1)
-        return Plan(counts, ramp.tolist(), (1 - ramp).tolist())
+        guidance = j / max(1, steps - 1)
+        noise = 1 - guidance
+    else:
+        schedule = 'cosine' if law == 'meissonic' else 'arccos'
+        wanted = (N * mask_ratio(q[:-1], schedule).clamp(1e-6, 1)).floor()
+        counts = counts_of(wanted.int().tolist(), N)
     if law == 'maskbit':
-        q = (j + 1) / steps
-        ratio = mask_ratio(q[:-1]).clamp(1e-6, 1)
-        wanted = (N * ratio).floor().int()
-        share = (1 - torch.cos(math.pi * (j / steps) ** power)) / 2
-        return Plan(counts_of(wanted.tolist(), N), share.tolist(), (1 - q).tolist())
-    raise ValueError(f'unknown law {law!r} of the sampler; expected maskgit or maskbit')
+        guidance = (1 - torch.cos(math.pi * (j / steps) ** power)) / 2
+        noise = 1 - q
+    if law == 'maskgen':
+        # published as c + s (c - u) with s from 1 to 12, which is u + s (c - u) with s from 2 to 13
+        guidance = (1 + 11 * (1 - torch.cos(math.pi * q)) / 2) / 12
+        noise = 1 - q
+        tau = 0.5 + 0.8 * (1 - q)
+    if law == 'meissonic':
+        guidance = torch.ones(steps)
+        noise = torch.linspace(1, 0, steps)
+    return Plan(counts, guidance.tolist(), noise.tolist(), tau.tolist())
 
 
 def guidance_at(share, cfg_scale):
@@ -440,25 +472,54 @@ def filter_probs(probs, top_k=0, top_p=0.0):
     return probs
 
 
+def draw_by_probability(z, noise, rng, top_k, top_p):
+    """How the other laws choose: one draw per position from softmax(z), confidence log p -> ids,
+    confidence (B, N)."""
+    probs = filter_probs(z.softmax(-1), top_k, top_p)
+    tokens = categorical(probs, rng)
+    return tokens, probs.gather(-1, tokens[..., None])[..., 0].log()
+
+
+def draw_by_logit(z, noise, rng, top_k, top_p):
+    """How MaskGen chooses: argmax of z + noise g, a draw from softmax(z / noise) that becomes the
+    argmax as the noise fades; confidence is the logit itself -> ids, confidence (B, N)."""
+    if top_k or top_p:
+        probs = filter_probs(z.softmax(-1), top_k, top_p)
+        z = z.masked_fill(probs == 0, -torch.inf)
+    tokens = (z + noise * gumbel_noise(z.shape, rng, z.device)).argmax(-1)
+    return tokens, z.gather(-1, tokens[..., None])[..., 0]
+
+
+def told_the_step(cond, left):
+    """Meissonic's condition with the number of steps left as its timestep, the last of the
+    micro-conditions."""
+    words, pooled, micro, *rest = cond
+    micro = torch.cat([micro[:, :-1], torch.full_like(micro[:, -1:], left)], 1)
+    return (words, pooled, micro, *rest)
+
+
 @torch.no_grad()
 def sample_teacher(model, cond, steps, cfg_scale=1.5, gumbel=8.0, tau=1.0, rng=None, top_k=0, top_p=0.0, law='',
                    power=3.0):
-    """MaskGIT's confidence sampler -> tokens (B, N). At each step of `sampling_plan`: guidance 1
-    + (s - 1) share; one draw per position from softmax(logits / tau); confidence log p + gumbel
-    share g; the most confident are revealed and stay. `law` '' is the model's own. Published:
-    MaskGIT 8 steps, cfg_scale 4, gumbel 4.5; MaskBit (14 bits) 64 steps, cfg_scale 8.1, gumbel
-    7.8, power 3."""
+    """The confidence sampler of MaskGIT and its heirs -> tokens (B, N). At each step of
+    `sampling_plan`: guidance 1 + (s - 1) share; a token per position at temperature tau; to its
+    confidence comes gumbel share g; the most confident are revealed and stay. `law` '' is the
+    model's own. Published steps, cfg_scale, gumbel: MaskGIT 8, 4, 4.5; MaskBit (14 bits) 64, 8.1,
+    7.8; MaskGen 16, 13, 2; Meissonic 64, 9, 2."""
     device = next(model.parameters()).device
+    law = law or model.law
+    draw = draw_by_logit if law == 'maskgen' else draw_by_probability
     x = torch.full((batch_of(cond), model.N), model.mask_id, device=device)
-    plan = sampling_plan(steps, model.N, law or model.law, power)
-    for count, guidance, noise in zip(*plan):
-        logits = guided_logits(model, x, cond, guidance_at(guidance, cfg_scale)).float()
-        probs = filter_probs((logits / tau).softmax(-1), top_k, top_p)
-        tokens = categorical(probs, rng)
-        confidence = probs.gather(-1, tokens[..., None])[..., 0].log()
-        confidence = confidence + gumbel * noise * gumbel_noise(x.shape, rng, device)
+    plan = sampling_plan(steps, model.N, law, power)
+    for j in range(steps):
+        if model.law == 'meissonic':
+            cond = told_the_step(cond, steps - 1 - j)
+        logits = guided_logits(model, x, cond, guidance_at(plan.guidance[j], cfg_scale)).float()
+        noise = gumbel * plan.noise[j]
+        tokens, confidence = draw(logits / (tau * plan.tau[j]), noise, rng, top_k, top_p)
+        confidence = confidence + noise * gumbel_noise(x.shape, rng, device)
         confidence[x != model.mask_id] = -torch.inf
-        chosen = confidence.topk(count).indices
+        chosen = confidence.topk(plan.counts[j]).indices
         x.scatter_(1, chosen, tokens.gather(1, chosen))
     return x
 
@@ -557,10 +618,23 @@ def log_probs(logits):
     return logits.log_softmax(-1)
 
 
+LARGE = 2 ** 22                        # numbers: from here on an image's logits are a loss by themselves
+
+
+def is_large(logits):
+    """Several images of (N, V) logits so large that the four or five temporaries of a loss, in
+    float32, should not be there for all of them at once (Meissonic: 134 MB each)."""
+    B, N, V = logits.shape
+    return B > 1 and N * V >= LARGE
+
+
 def jeffreys(teacher_logits, aux_logits, mask, beta):
     """Generalized Jeffreys divergence D = (1 - beta) KL(teacher || aux) + beta KL(aux || teacher),
     summed over masked positions: logits (B, N, V), mask (B, N) -> (B,). beta may be negative
     (Di[M]O, arXiv 2503.15457)."""
+    if is_large(aux_logits):
+        parts = zip(teacher_logits.split(1), aux_logits.split(1), mask.split(1))
+        return torch.cat([jeffreys(p, q, m, beta) for p, q, m in parts])
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     forward = (log_p.exp() * (log_p - log_q)).sum(-1)          # KL(teacher || aux), (B, N)
     reverse = (log_q.exp() * (log_q - log_p)).sum(-1)          # KL(aux || teacher)
@@ -571,6 +645,9 @@ def dimo_grad(teacher_logits, aux_logits, mask, beta):
     """Gradient of `jeffreys` with respect to the auxiliary logits, in closed form: (B, N, V), zero
     where not masked. Forward part p_aux - p_teacher; reverse part p_aux (log p_aux - log p_teacher
     - KL(aux || teacher))."""
+    if is_large(aux_logits):                                   # image by image: less memory
+        parts = zip(teacher_logits.split(1), aux_logits.split(1), mask.split(1))
+        return torch.cat([dimo_grad(p, q, m, beta) for p, q, m in parts])
     log_p, log_q = log_probs(teacher_logits), log_probs(aux_logits)
     q, gap = log_q.exp(), log_q - log_p
     kl = (q * gap).sum(-1, keepdim=True)                       # KL(aux || teacher), (B, N, 1)

@@ -24,7 +24,8 @@ from common.files import (load_checkpoint, load_resumed, optimizer_states, resto
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import save_grid
 from common.metrics import final_table, render
-from common.rewards import Judged, load_rewards, make_rewards, reward_sum, world_reward
+from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards,
+                            reward_sum)
 from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, micro_rng, millions, out_folder, progress, rate_law,
                         report_bench, rounded, same_weights, set_rates, smoothed, start_run,
@@ -42,6 +43,9 @@ teacher = 'ours'       # this and the next four: read from the generator's check
 teacher_path = ''      # file of a published teacher
 tokenizer_path = ''    # file of its tokenizer
 teacher_heads = 0      # attention heads of a published teacher, which its file does not tell; 0 = as published
+text_path = ''         # CLIP text encoder of maskgen, meissonic: folder (weights, word files) or hub id
+prompts = ''           # file of prompts that these train on (.txt, .jsonl, .json, .csv), '' = captions of --data
+teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/reward.pt to the same bits
 seed = 0               # every random number of the run follows from it
@@ -61,6 +65,7 @@ pick_path = 'yuvalkirstain/PickScore_v1'  # hub id or local folder
 imagereward_path = 'ImageReward.pt'       # file
 bert_path = 'bert-base-uncased'           # word pieces of ImageReward: hub id or local folder
 relax = 'soft'         # images from softmax(z / tau) (soft), Gumbel (gumbel) or plain (st) straight-through samples
+held_out = ''          # rewards of weight 0 that are only reported and stop the run, as in pick,clipscore; '' = the small one
 w_dimo = 1.0           # weight of the Di[M]O surrogate, the guard against reward hacking; 0 = off
 ramp = 0.1             # share of the steps over which the reward weights rise from 0
 patience = 3           # stop after so many measurements without a better held-out reward, keeping the best; 0 = never
@@ -106,22 +111,33 @@ compile = False        # torch.compile the blocks of the three networks
 grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 
-# What --teacher=NAME changes: the paper's rewards are for text; for classes only the rates of its other stages
+# What --teacher=NAME changes. Text to image: the paper names neither prompts nor reward weights; ours are ReNO's times
+# ten, as the Di[M]O term is a sum, and PickScore is held out. For classes: only the rates of the other stages
 RECIPES = {
     'maskgit': dict(steps=10_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
                     beta2=0.999, warmup=100, cooldown=0.0, image_clip=0.0, ema_decay=0.9999, save_every=500,
                     teacher_steps=8, teacher_cfg=4.0, teacher_gumbel=4.5),
     'maskbit': dict(steps=10_000, batch_size=64, generator_lr=1e-5, aux_lr=1e-5, generator_muon=0.0, aux_muon=0.0,
                     beta2=0.999, warmup=100, cooldown=0.0, image_clip=0.0, ema_decay=0.9999, save_every=500,
-                    teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8)}
+                    teacher_steps=64, teacher_cfg=8.1, teacher_gumbel=7.8),
+    'maskgen': dict(w_clip=0.0, w_clipscore=0.1, w_hps=50.0, w_imagereward=10.0, held_out='pick', steps=50_000,
+                    batch_size=64, generator_lr=1e-6, aux_lr=1e-6, generator_muon=0.0, aux_muon=0.0, beta2=0.999,
+                    warmup=100, cooldown=0.0, image_clip=0.0, ema_decay=0.9999, save_every=1000, teacher_steps=16,
+                    teacher_cfg=13.0, teacher_gumbel=2.0, n_eval=100),
+    'meissonic': dict(w_clip=0.0, w_clipscore=0.1, w_hps=50.0, w_imagereward=10.0, held_out='pick', steps=20_000,
+                      batch_size=16, micro_batch=1, grad_checkpoint=True, generator_lr=1e-6, aux_lr=1e-6,
+                      generator_muon=0.0, aux_muon=0.0, beta2=0.999, warmup=100, cooldown=0.0, image_clip=0.0,
+                      ema_decay=0.9999, save_every=1000, teacher_steps=64, teacher_cfg=9.0, teacher_gumbel=2.0,
+                      n_eval=100)}
 
 # Settings that the generator's checkpoint hands on
-INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'teacher_ckpt', 'r_init', 'sigma_init',
+INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'text_path', 'prompts',
+             'teacher_grid', 'teacher_ckpt', 'r_init', 'sigma_init',
              'tau', 'tau_sample', 'beta', 'cfg_scale', 'p_full', 'p_near', 'schedule', 'label_smoothing',
              'freeze_tables')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), log_every=1, save_every=1, n_eval=4, n_reference=4,
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
     steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
@@ -140,7 +156,7 @@ def draw_batch(nets, loaded, run, rng):
     L, D), which gets a gradient, logits (B, N, V), tokens (B, N): `one_step` with emb at hand."""
     index = torch.randint(len(loaded.prompts), (run.micro,), generator=rng, device=run.device)
     captions = [loaded.prompts[k] for k in index.tolist()]
-    cond = loaded.encode(captions)
+    cond = loaded.encode_batch(captions)
     emb = start_embedding(nets.generator, run.micro, r_init, sigma_init, rng)
     if not emb.requires_grad:                          # frozen tables
         emb.requires_grad_()
@@ -254,7 +270,8 @@ def held_out_of(row):
 
 
 def handed_on(settings):
-    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the generator's settings."""
+    """The generator that the run starts from, and what its checkpoint says: teacher, paths, the
+    generator's settings."""
     folder = out_folder(settings['out_dir'], settings['teacher'])
     start = settings['init'] or os.path.join(folder, 'distill.pt')
     return dict(settings_of(start, INHERITED), init=start)
@@ -265,16 +282,19 @@ def load_start(folder, run):
     auxiliary model start from."""
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
-    if not start['data']:
-        raise ValueError(f'{init}: was made without data; reward.py is for the shapes world and image folders')
-    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device)
+    if not start['data'] and needs_small_rewards(globals()):
+        raise ValueError(f'{init}: was made without data, which the small rewards are trained on; use published ones, '
+                         'as in --w_clip=0 --w_hps=5 --held_out=pick')
+    loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
+                          prompts, teacher_grid)
     same_tokens(loaded, start, init)
     world_file = os.path.join(folder, 'rewards.pt')
-    make_rewards(world_file, loaded, globals(), run)
+    if needs_small_rewards(globals()):
+        make_rewards(world_file, loaded, globals(), run)
     loaded.rewards = load_rewards(globals(), world_file, run.device)
     if not loaded.rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
-    loaded.held_out = world_reward(world_file, 'held_out', run.device)
+    loaded.held_out = load_held_out(globals(), world_file, run.device)
     return loaded, start
 
 

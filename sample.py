@@ -22,11 +22,14 @@ import zipfile
 import numpy as np
 
 from common.files import load_checkpoint, settings_of
-from common.images import open_data, save_grid, word_encoder, write_pngs
-from common.metrics import (Reference, balanced_labels, inception_metrics, load_inception, render,
+from common.benchmarks import is_whole, read_jobs, write_image, write_metadata
+from common.images import decode_images, open_data, save_grid, word_encoder, write_pngs
+from common.metrics import (NoReference, Reference, balanced_labels, inception_metrics, load_inception, render,
                             show_table)
-from common.run import configure, end_run, image_rngs, start_run, timed, writing
+from common.rewards import mean_scores, published_scores
+from common.run import configure, end_run, image_rngs, progress, start_run, timed, writing
 from common.teachers import load_teacher, unpack
+from common.text import PromptFile
 from common.world import WORLDS
 from model import sample_teacher, student_sampler, teacher_passes
 
@@ -35,7 +38,10 @@ ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
 teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
 teacher_path = ''      # file of a published teacher
 teacher_heads = 0      # its attention heads, which the file does not tell; 0 = as published
+teacher_grid = 0       # tokens a side of a Meissonic, which the file does not tell; 0 = as published
 tokenizer_path = ''    # file of its tokenizer; also where that of a checkpoint is now, if it moved
+text_path = ''         # CLIP text encoder of maskgen or meissonic; also where that of a checkpoint is now
+prompts = ''           # file of prompts of a model that reads text; with --layout the benchmark's file or folder
 student = False        # the published weights are a one-step generator: Di[M]O's student
 r_init = 0.6           # this and the next two: as a generator was made, read from its checkpoint unless given
 sigma_init = 0.1       # std of the noise on its token embeddings
@@ -56,24 +62,32 @@ batch = 250            # images per forward pass; lower it when memory runs out
 weights = 'ema'        # ema (averaged) or net (the last iterate)
 grid = ''              # picture to write, '' = samples.png beside the checkpoint
 png_dir = ''           # also write every image as a PNG file into this folder
+layout = ''            # write the images of a benchmark into png_dir: geneval, hpsv2 or mjhq
 metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
 inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
+clip_path = ''         # with --metrics, means of published rewards whose files are given: CLIP ViT-H/14, folder or hub id,
+hps_path = ''          # HPSv2.1 (and clip_path, for its words),
+pick_path = ''         # PickScore (likewise),
+imagereward_path = ''  # ImageReward
+bert_path = 'bert-base-uncased'        # and its word pieces
 sweep = False          # measure a teacher over guidance 1, 1.5, 2, 3 x Gumbel temperature 1, 2, 4, 8
 bench = False          # time network and decoder apart on one batch and stop
 
 # What --teacher=NAME changes: the published sampler (14 bits for MaskBit)
 RECIPES = {'maskgit': dict(steps=8, cfg_scale=4.0, gumbel=4.5, batch=64),
-           'maskbit': dict(steps=64, cfg_scale=8.1, gumbel=7.8, power=3.0, batch=64)}
+           'maskbit': dict(steps=64, cfg_scale=8.1, gumbel=7.8, power=3.0, batch=64),
+           'maskgen': dict(steps=16, cfg_scale=13.0, gumbel=2.0, batch=32),
+           'meissonic': dict(steps=64, cfg_scale=9.0, gumbel=2.0, batch=2)}
 
 # Settings that a generator's checkpoint hands on
-INHERITED = ('r_init', 'sigma_init', 'tau_sample')
+INHERITED = ('text_path', 'r_init', 'sigma_init', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit'), law=('', 'maskgit', 'maskbit'), weights=('ema', 'net'),
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), law=('', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), layout=('', 'geneval', 'hpsv2', 'mjhq'), weights=('ema', 'net'),
     n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
     r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6)
 # -----------------------------------------------------------------------------
@@ -82,16 +96,17 @@ GIVEN = ()             # the settings that the command line names: `configure` w
 
 
 def load():
-    """-> the network with what surrounds it; the stage that made it; its training step; its file; the
-    path beside which results are written. A published teacher is read from its files, everything
-    else from --ckpt."""
+    """-> the network with what surrounds it; the stage that made it; its training step; its file;
+    the path beside which results are written. A published teacher is read from its files,
+    everything else from --ckpt."""
     if teacher != 'ours':
-        loaded = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads, run.device)
+        loaded = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads, run.device, text_path,
+                              '' if layout else prompts, teacher_grid, any_prompts=True)
         if weights != 'ema':
             raise ValueError(f'{teacher} has one set of weights; leave --weights=ema')
         return loaded, 'model', 0, teacher_path, os.path.join('out', teacher)
     state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
-    loaded = unpack(state, run.device, weights, tokenizer_path, ckpt)
+    loaded = unpack(state, run.device, weights, tokenizer_path, ckpt, text_path)
     name_classes(loaded)
     return loaded, state['stage'], state['step'], ckpt, os.path.splitext(ckpt)[0]
 
@@ -106,9 +121,11 @@ def name_classes(loaded):
             loaded.encode = word_encoder(named, loaded.net.config['T'], loaded.device)
 
 
-def choose_captions(loaded, number):
+def choose_captions(number):
     """The captions to draw: --prompt or the class --label over and over (a name wins over a number,
     as digits are called 0..9), or as many training captions, spread over all of them."""
+    if prompts and not prompt:
+        return spread(PromptFile(prompts), number)
     if not label:
         return [prompt] * number if prompt else loaded.examples(number)
     if not loaded.classes:
@@ -119,6 +136,11 @@ def choose_captions(loaded, number):
     if label.isdecimal() and int(label) < len(loaded.classes):
         return [loaded.classes[int(label)]] * number
     raise ValueError(f'--label={label!r} is no class of this model; try one of {", ".join(loaded.classes[:40])}')
+
+
+def spread(lines, number):
+    """As many of the lines, over all of them; each at least once where there is room."""
+    return [lines[k * len(lines) // number] for k in range(number)]
 
 
 def sampler(cfg_scale, gumbel):
@@ -144,7 +166,7 @@ def passes(cfg_scale):
 
 def time_one_batch():
     """Network and decoder apart."""
-    captions = choose_captions(loaded, batch)
+    captions = choose_captions(batch)
     cond, rngs = loaded.encode(captions), image_rngs(seed, range(batch), run.device)
     draw, size = sampler(cfg_scale, gumbel), loaded.tokenizer.batch
     tokens = draw(cond, rngs)
@@ -166,12 +188,9 @@ def time_one_batch():
 def measure_inception():
     """FID and IS with the network that the user names, precision and recall where the reference has
     images."""
-    if not loaded.classes:
-        raise ValueError(f'--inception needs a model of classes; {path} reads captions')
     network, digest = load_inception(inception, run.device)
     reference = open_reference(ref)
-    labels = balanced_labels(n_metrics, len(loaded.classes), seed)
-    captions = [loaded.classes[k] for k in labels.tolist()]
+    captions = inception_captions()
     row = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
     if run.rank == 0:
         print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({n_metrics} images, seeds ({seed}, k), '
@@ -179,6 +198,20 @@ def measure_inception():
         if 'arr_0' not in reference:
             print(f'no precision and recall: {ref} holds no images (arr_0)')
         write_json(f'{stem}-inception.json', dict(row, ckpt=path, step=step, seed=seed, ref=ref, sha256=digest))
+
+
+def inception_captions():
+    """Classes in random order; for a model that reads text the prompts of a file, as MJHQ-30K's
+    meta_data.json."""
+    if loaded.classes:
+        labels = balanced_labels(n_metrics, len(loaded.classes), seed)
+        return [loaded.classes[k] for k in labels.tolist()]
+    if layout:
+        return [job.prompt for job in read_jobs(layout, prompts)][:n_metrics]
+    if prompts:
+        return spread(PromptFile(prompts), n_metrics)
+    raise ValueError('--inception draws classes, or the prompts of a file: give --prompts=FILE, or --layout=mjhq '
+                     '--prompts=meta_data.json')
 
 
 def open_reference(path):
@@ -195,20 +228,30 @@ def open_reference(path):
 def measure_toy():
     """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with
     --sweep, at sixteen."""
-    if not loaded.data and not data:
-        raise ValueError('nothing to measure against; give --data=FOLDER, or --inception and --ref')
-    source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
-    reference = Reference(source, n_reference)
-    captions, real = reference.prompts(n_metrics)
+    scores = published_scores(globals(), run.device)
+    if loaded.data or data:
+        source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
+        reference = Reference(source, n_reference)
+        captions, real = reference.prompts(n_metrics)
+    elif scores:
+        reference, real, captions = NoReference(loaded), None, choose_captions(n_metrics)
+    else:
+        raise ValueError('nothing to measure against; give --data=FOLDER, or --inception and --ref, or the files of '
+                         'published rewards, as in --clip_path=FOLDER')
     settings = [(cfg_scale, gumbel)]
     if sweep:
         settings = [(s, g) for s in (1.0, 1.5, 2.0, 3.0) for g in (1.0, 2.0, 4.0, 8.0)]
-    entries = [dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions))]
+    entries = []
+    if real is not None:
+        entries.append(dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions)))
     for s, g in settings:
         images, ms = render(sampler(s, g), loaded, captions, seed, batch)
         name = f'cfg {s:g} gumbel {g:g}' if is_teacher else os.path.basename(path)
         entry = dict(name=name, passes=passes(s), ms=round(ms, 2), **reference.measure(images, captions))
+        entry.update(mean_scores(scores, images, captions, run.device))
         entries.append(entry)
+        for title in scores:
+            print(f'{title}: {entry[title]:.4f} (mean of {len(images)} images of {name})')
         if sweep:
             print(f'{name}: toy FD {entry["toy_fd"]:.2f}, followed {entry["accuracy"]:.3f}', flush=True)
     show_table(entries)
@@ -220,9 +263,30 @@ def measure_toy():
     write_json(f'{name}.json', dict(ckpt=path, step=step, seed=seed, rows=entries))
 
 
+def draw_benchmark():
+    """The images of a benchmark in its layout, a seed per prompt and image; what is there and whole
+    is skipped."""
+    jobs = read_jobs(layout, prompts)
+    missing = [job for job in jobs if not is_whole(os.path.join(png_dir, job.file))]
+    draw, bar = sampler(cfg_scale, gumbel), progress(len(missing), layout)
+    for begin in range(0, len(missing), batch):
+        some = missing[begin:begin + batch]
+        captions = [job.prompt for job in some]
+        tokens = draw(loaded.encode(captions), image_rngs(seed, [job.k for job in some], run.device))
+        images = decode_images(loaded.tokenizer, tokens, captions)
+        for job, image in zip(some, images):
+            if job.metadata:
+                write_metadata(png_dir, job)
+            write_image(image, os.path.join(png_dir, job.file))
+        bar.update(len(some))
+    bar.close()
+    print(f'{len(jobs)} images of {layout}, {len(missing)} of them drawn now, seeds ({seed}, 0..{len(jobs) - 1}) -> '
+          f'{png_dir}')
+
+
 def draw_grid():
     """A grid, and perhaps a PNG per image."""
-    captions = choose_captions(loaded, n)
+    captions = choose_captions(n)
     images, ms = render(sampler(cfg_scale, gumbel), loaded, captions, seed, batch)
     picture = grid or os.path.join(os.path.dirname(stem), 'samples.png')
     save_grid(picture, images, captions)
@@ -261,6 +325,9 @@ if __name__ == '__main__':
     if (metrics or sweep) and (prompt or label or png_dir):
         raise ValueError('--metrics and --sweep use captions of the data and write no images; leave out --prompt, '
                          '--label and --png_dir')
+    if layout and not (prompts and (png_dir or metrics)):
+        raise ValueError(f'--layout={layout} needs --prompts, the file or folder of the benchmark, and --png_dir, where '
+                         'its images go')
     loaded, stage, step, path, stem = load()
     is_teacher = stage == 'model' and not student
     if not is_teacher and ('steps' in GIVEN and steps > 1 or sweep):
@@ -275,6 +342,8 @@ if __name__ == '__main__':
         time_one_batch()
     elif metrics and inception:
         measure_inception()
+    elif layout:
+        draw_benchmark()
     elif metrics or sweep:
         measure_toy()
     else:

@@ -139,14 +139,17 @@ class Tokenizer(nn.Module):
     and S codes stand side by side at each place of the grid (the first holds the low bits). `mid`
     residual blocks stand in the middle, `up` in each level of the decoder (0: n_res), z channels
     between encoder and codes (0: the width there); `attention` names the levels that have it, as in
-    '4,mid'.
+    '4,mid'; the first convolution is `stem` wide (0: ch). With `unit_range` the weights see images
+    in [0, 1], as MaskBit's always do.
     """
 
     def __init__(self, image_size, ch, ch_mult, n_res, n_codes, code_dim, S=0, mid=0, up=0, z=0, attention='',
-                 groups=0):
+                 groups=0, stem=0, unit_range=False):
         super().__init__()
         self.config = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, n_res=n_res, n_codes=n_codes,
                            code_dim=code_dim, S=S, mid=mid, up=up, z=z, attention=attention, groups=groups)
+        if stem or unit_range:                                 # else as in the checkpoints of all others
+            self.config |= dict(stem=stem, unit_range=unit_range)
         widths = level_widths(ch, ch_mult)
         cell = 2 ** (len(widths) - 1)                          # pixels of a place on the grid
         if image_size < 1 or image_size % cell:
@@ -158,13 +161,14 @@ class Tokenizer(nn.Module):
         self.N = self.S * self.grid ** 2
         self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))    # images that fit one pass: 32 at 256x256
         plain = S > 0
+        self.unit_range = plain or unit_range
         groups = groups or min(32, ch // 2)
         if any(width % groups for width in (ch, *widths)):
             raise ValueError(f'ch {ch} and ch_mult {ch_mult} give levels of {widths} channels, which do not fall into '
                              f'{groups} groups; try an even ch')
         z = S * code_dim or z or widths[-1]
         attends = attention.split(',')
-        self.encoder = make_encoder(widths, ch, n_res, mid, z, groups, plain, attends)
+        self.encoder = make_encoder(widths, stem or ch, n_res, mid, z, groups, plain, attends)
         if plain:
             self.register_buffer('codes', bit_rows(code_dim))  # (V, code_dim)
             self.quant_conv = nn.Identity()
@@ -182,8 +186,8 @@ class Tokenizer(nn.Module):
 
     def latents(self, images):
         """Images (B, 3, H, W) -> encoder outputs before quantisation (B, N, code_dim)."""
-        if self.config['S']:
-            images = (images + 1) / 2                          # MaskBit sees [0, 1]
+        if self.unit_range:
+            images = (images + 1) / 2
         z = self.quant_conv(self.encoder(images))              # (B, S code_dim, grid, grid)
         z = z.flatten(2).transpose(1, 2)                       # (B, grid^2, S code_dim)
         return z.reshape(len(z), -1, self.config['code_dim'])
@@ -194,11 +198,7 @@ class Tokenizer(nn.Module):
         if self.config['S']:
             places = torch.arange(z.shape[-1], device=z.device)
             return ((z > 0) << places).sum(-1)
-        e = self.codebook.weight
-        with torch.autocast(z.device.type, enabled=False):     # bf16 would choose another code for a third of them
-            products = z.to(e.dtype) @ e.T
-            distance = e.square().sum(1) - 2 * products        # |z|^2 is the same for all rows
-            return distance.argmin(-1)
+        return nearest_row(z, self.codebook.weight)
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1], H = W a multiple of the cell -> ids (B, N). Raises
@@ -233,12 +233,12 @@ class Tokenizer(nn.Module):
             raise ValueError(f'decode expects ids (B, {self.N}) or probabilities (B, {self.N}, {self.V}), '
                              f'got {tuple(x.shape)}')
 
-    def decode_latents(self, z):
+    def decode_latents(self, z, captions=None):
         """(B, N, code_dim) -> images (B, 3, H, W), not clamped."""
         side = math.isqrt(z.shape[1] // self.S)
         z = z.reshape(len(z), side, side, -1).permute(0, 3, 1, 2)    # (B, S code_dim, grid, grid)
         images = self.decoder(self.post_quant_conv(z))
-        return images * 2 - 1 if self.config['S'] else images
+        return images * 2 - 1 if self.unit_range else images
 
     def forward(self, images, quantise=True):
         """One training pass -> (reconstruction, latents z, quantised q): q = codebook[nearest(z)],
@@ -250,10 +250,7 @@ class Tokenizer(nn.Module):
 
     def digest(self):
         """What its tokens mean, in a word: hash of the weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of_weights(self)
 
     def pack(self):
         """What a checkpoint stores: a small tokenizer itself, of a published one where it is."""
@@ -269,7 +266,8 @@ class Tokenizer(nn.Module):
             return tokenizer.eval().requires_grad_(False)
         moved = '(a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
         try:
-            tokenizer = cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0))
+            tokenizer = cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0),
+                                            saved.get('n_head'))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f'{error} {moved}') from None
         found = tokenizer.source['digest']
@@ -278,13 +276,28 @@ class Tokenizer(nn.Module):
         return tokenizer
 
     @classmethod
-    def from_pretrained(cls, kind, path, grid=16, S=0):
-        """Published weights, kind maskgit (taming VQGAN) or maskbit, from their file, from its
-        folder, or from the dict that it holds; path 'random' is the published size with random
-        weights. All sizes are read off the shapes but the grid of an image and MaskBit's S (0: as
-        released), which the weights leave open. Errors: ValueError, FileNotFoundError, one line."""
+    def from_pretrained(cls, kind, path, grid=0, S=0, n_head=None):
+        """Published weights, kind maskgit (taming VQGAN), maskbit, maskgen (a TA-TiTok) or
+        meissonic, from their file, from its folder, or from the dict that it holds; path 'random'
+        is the published size with random weights. Sizes are read off the shapes. What they leave
+        open is as released unless given: the grid of an image, MaskBit's S, TA-TiTok's n_head =
+        (encoder, decoder). Errors: ValueError, FileNotFoundError, one line."""
         from common.teachers import published_tokenizer
-        return published_tokenizer(kind, path, grid, S)
+        return published_tokenizer(kind, path, grid, S, n_head)
+
+
+def nearest_row(z, table):
+    """z (..., d) -> number of the nearest row (Euclidean) of the table (V, d), (...)."""
+    with torch.autocast(z.device.type, enabled=False):         # bf16 would choose another code for a third of them
+        distance = table.square().sum(1) - 2 * z.to(table.dtype) @ table.T     # |z|^2 is the same for all rows
+        return distance.argmin(-1)
+
+
+def hash_of_weights(network):
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def level_widths(ch, ch_mult):
@@ -295,11 +308,11 @@ def level_widths(ch, ch_mult):
     return [ch * int(factor) for factor in factors]
 
 
-def make_encoder(widths, ch, n_res, mid, z, groups, plain, attention):
+def make_encoder(widths, stem, n_res, mid, z, groups, plain, attention):
     """Images (B, 3, H, W) -> (B, z, grid, grid): a level per width, full resolution first."""
     last, top = len(widths) - 1, widths[-1]
-    conv_in = nn.Conv2d(3, ch, 3, padding=1, bias=not plain)
-    levels, c_in = [], ch
+    conv_in = nn.Conv2d(3, stem, 3, padding=1, bias=not plain)
+    levels, c_in = [], stem
     for i, width in enumerate(widths):
         attend = n_res if str(i) in attention else 0
         resample = 'down' if i < last else ''

@@ -25,7 +25,7 @@ import torch
 
 from common.files import load_checkpoint, settings_of
 from common.images import save_curve, save_grid
-from common.rewards import load_rewards, reward_sum, world_reward
+from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum
 from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, writing)
 from common.teachers import unpack
 from model import relaxed, start_embedding
@@ -41,6 +41,7 @@ batch = 100            # images per forward pass; lower it when memory runs out
 name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo beside the checkpoint
 teacher = 'ours'       # of the generator, read from its checkpoint
 tokenizer_path = ''    # where a published tokenizer is now, if it moved
+text_path = ''         # and the text encoder of a generator that reads text
 r_init = 0.6           # this and the next two: as the generator was made, read from its checkpoint unless given
 sigma_init = 0.1       # std of the noise on its token embeddings
 tau = 1.0              # temperature of the relaxation
@@ -64,17 +65,25 @@ hps_path = 'HPS_v2.1_compressed.pt'
 pick_path = 'yuvalkirstain/PickScore_v1'
 imagereward_path = 'ImageReward.pt'
 bert_path = 'bert-base-uncased'
+held_out = ''          # rewards of weight 0 that are only reported; '' = the small one; none = none
 
 # What the generator's teacher changes
-RECIPES = {'maskgit': dict(clip=0.0), 'maskbit': dict(clip=0.0)}
+# (the paper's TTEO is the best of 16 starts and 4 iterations of SGD at .2, unclipped; weights are ReNO's)
+RECIPES = {
+    'maskgit': dict(clip=0.0),
+    'maskbit': dict(clip=0.0),
+    'maskgen': dict(starts=16, iterations=4, clip=0.0, batch=4, w_clip=0.0, w_clipscore=0.01,
+                    w_hps=5.0, w_pick=0.05, w_imagereward=1.0, held_out='none'),
+    'meissonic': dict(starts=16, iterations=4, clip=0.0, batch=1, w_clip=0.0, w_clipscore=0.01,
+                      w_hps=5.0, w_pick=0.05, w_imagereward=1.0, held_out='none')}
 
 # Settings that the generator's checkpoint hands on
-INHERITED = ('teacher', 'r_init', 'sigma_init', 'tau')
+INHERITED = ('teacher', 'text_path', 'r_init', 'sigma_init', 'tau')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
     n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'),
     output=('soft', 'tokens'), r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
-    teacher=('ours', 'maskgit', 'maskbit'))
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'))
 # -----------------------------------------------------------------------------
 # This stage's equations
 
@@ -88,8 +97,8 @@ def passes_of(iterations, output, starts=1):
 
 
 def drawing(loaded, cond, captions, rngs):
-    """-> draw(emb (B, L, D)) -> images to differentiate, images handed out: soft decodes, or those of
-    the likeliest tokens."""
+    """-> draw(emb (B, L, D)) -> images to differentiate, images handed out: soft decodes, or those
+    of the likeliest tokens."""
     decode = loaded.tokenizer.decode
 
     def draw(emb):
@@ -247,6 +256,16 @@ def show_entries(entries, tasks, task_names):
     return table
 
 
+def check_small_rewards(world_file, loaded):
+    """Raise ValueError unless the small reward models were made for the generator's data."""
+    if not loaded.data:
+        raise ValueError(f'{ckpt}: was made without data, so there are no small reward models; use published ones, as '
+                         'in --w_clip=0 --w_hps=5 --held_out=none')
+    made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
+    if made_for != list(loaded.source.words):
+        raise ValueError(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
+
+
 def handed_on(settings):
     """What the generator's checkpoint says that it was made with."""
     return settings_of(settings['ckpt'], INHERITED)
@@ -262,36 +281,41 @@ if __name__ == '__main__':
 
     # Load the generator and the rewards
     state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
-    if not state['data']:
-        raise ValueError(f'{ckpt}: was made without data, so there are no small reward models to choose images by')
-    loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt)
+    loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt, text_path)
     loaded.data = data or loaded.data
-    source = loaded.source
     folder = os.path.dirname(ckpt)
     world_file, stem = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
-    made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
-    if made_for != list(source.words):
-        raise ValueError(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
+    if needs_small_rewards(config):
+        check_small_rewards(world_file, loaded)
     rewards = load_rewards(config, world_file, run.device)
     if not rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=1')
-    held_out = world_reward(world_file, 'held_out', run.device)
+    judges = {}
+    if held_out != 'none':
+        judges = load_held_out(config, world_file, run.device)
 
     # Choose the captions
     n_images = n or (16 if prompt else 300)
     captions = [prompt] * n_images
-    if not prompt:
-        captions = source.batch(source.test_examples(n_images))[1]
+    if not prompt and loaded.data:
+        captions = loaded.source.captions(loaded.source.test_examples(n_images))
+    elif not prompt:
+        captions = loaded.examples(n_images)
     loaded.encode(captions[:1])                        # an unknown word is said before slow work
-    tasks = np.array(source.tasks(captions))
-    task_names = [t for t in source.task_names if (tasks == t).any()]
+    tasks, task_names, checked = np.array([''] * n_images), [], False
+    if loaded.data:
+        tasks, checked = np.array(loaded.source.tasks(captions)), loaded.source.judges
+        task_names = [t for t in loaded.source.task_names if (tasks == t).any()]
 
     def report(images, captions):
-        """The judges that choose nothing: held-out reward and checker, (B,) each."""
-        right = np.full(len(images), np.nan)
-        if source.judges:
-            right = source.follows(images, captions)
-        return held_out(images, captions), torch.from_numpy(right).to(run.device)
+        """The judges that choose nothing: first held-out reward and checker, (B,) each."""
+        unknown = torch.full((len(images),), np.nan, device=run.device)
+        held, right = unknown, unknown
+        for judge in list(judges.values())[:1]:
+            held = judge(images, captions)
+        if checked:
+            right = torch.from_numpy(loaded.source.follows(images, captions)).to(run.device)
+        return held, right
 
     # Run both
     passes = [passes_of(k, output, starts) for k in range(iterations + 1)]
@@ -306,7 +330,11 @@ if __name__ == '__main__':
     print(f'{n_images} images, seeds ({seed}, 0..{n_images - 1}), {output} output; they are chosen by the reward, so '
           'its value is no evidence: read the held-out reward and the checker')
     trajectory, best_of_n = history(ascent, passes), history(control, range(1, draws + 1))
-    column, label = ('followed', 'captions followed') if source.judges else ('held_out', 'held-out reward')
+    column, label = 'kept', 'reward'
+    if judges:
+        column, label = 'held_out', 'held-out reward'
+    if checked:
+        column, label = 'followed', 'captions followed'
     save_curve(f'{stem}-curve.png', {'TTEO': [(row['passes'], row[column]) for row in trajectory],
                                      'best of N': [(row['passes'], row[column]) for row in best_of_n]}, label)
     with writing(f'{stem}.json'), open(f'{stem}.json', 'w') as file:

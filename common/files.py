@@ -1,15 +1,25 @@
 """Our checkpoints, written safely; published files, read safely: nothing in a file is ever executed."""
+import ctypes
 import glob
+import json
+import math
+import mmap
 import os
+import re
 import shutil
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import torch
 
 from common.run import is_rank0, writing
 
-WEIGHT_FILES = ('.pth', '.pt', '.bin', '.ckpt')
+WEIGHT_FILES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
+INDEX_FILE = re.compile(r'\.(safetensors|bin)\.index(\.(fp16|bf16))?\.json$')
+SHARD = re.compile(r'-\d+-of-\d+\.')                   # model-00001-of-00003.safetensors
+HALF = re.compile(r'[._-](fp16|bf16)[._-]')             # model.fp16.safetensors
+USUAL_NAMES = ('model.', 'pytorch_model.', 'diffusion_pytorch_model.')
 
 
 # -----------------------------------------------------------------------------
@@ -186,14 +196,24 @@ class Inert:
         pass
 
 
-def read_published(source):
+def read_published(source, part=''):
     """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in
-    errors). Nested dicts (MaskGIT, Lightning) are opened. Raises FileNotFoundError, ValueError."""
+    errors). Read are safetensors, files of torch.save and indexes of shards; nested dicts (MaskGIT,
+    Lightning) are opened. Tensors of a file are mapped, not read: `fill` copies them, and nobody
+    may write to them. `part` is the sub-folder meant where a folder holds several networks: an
+    error names it. Raises FileNotFoundError, ValueError."""
     if isinstance(source, dict):
-        name, state = 'the given dict', source
+        name, tensors = 'the given dict', flat_tensors(source)
     else:
-        name = weight_file(os.fspath(source))
-        state = read_weights(name)
+        name = weight_file(os.fspath(source), part)
+        tensors = read_weights(name)
+    if not tensors:
+        raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
+    return tensors, name
+
+
+def flat_tensors(state):
+    """The tensors by name of what a file holds, {} where there are none."""
     for nest in ('model_state_dict', 'state_dict'):
         if not isinstance(state, dict):
             break
@@ -201,38 +221,273 @@ def read_published(source):
     tensors = {}
     if isinstance(state, dict):
         for key, value in state.items():
-            if isinstance(key, str) and isinstance(value, torch.Tensor):
+            if isinstance(key, str) and is_plain_tensor(value):
                 tensors[key] = value
-    if not tensors:
-        raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
-    return tensors, name
+    return tensors
 
 
-def weight_file(path):
-    """A file, or the one weight file of a folder. Raises FileNotFoundError, ValueError."""
+def is_plain_tensor(value):
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided      # not sparse
+
+
+# Which file
+
+def weight_file(path, part=''):
+    """A file, or the one of a folder that holds all weights, or the index of their shards. Raises
+    FileNotFoundError, ValueError."""
     if os.path.isdir(path):
-        files = sorted(name for name in os.listdir(path) if name.endswith(WEIGHT_FILES))
-        if len(files) != 1:
-            raise ValueError(f'{path}: holds {len(files)} weight files {files}, expected one; name the file')
-        path = os.path.join(path, files[0])
+        path = os.path.join(path, choose_file(path, part))
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file; expected published weights (see README.md)')
     return path
 
 
+def choose_file(folder, part):
+    """Full precision before fp16 and bf16, safetensors before .bin, a usual name before others, one
+    file before an index of shards. Raises ValueError unless one is left."""
+    left = weight_names(folder)
+    if not left:
+        raise ValueError(no_weights(folder, part))
+    for is_better in (is_full, is_safetensors, is_usual, is_whole):
+        better = [name for name in left if is_better(name)]
+        left = better or left
+    if len(left) > 1:
+        raise ValueError(f'{folder}: holds {len(left)} weight files {left}, expected one; '
+                         'name the file')
+    return left[0]
+
+
+def weight_names(folder):
+    """The files of a folder that hold, or list, all weights of a network."""
+    names = []
+    for name in sorted(os.listdir(folder)):
+        whole = name.endswith(WEIGHT_FILES) and not SHARD.search(name)
+        if whole or INDEX_FILE.search(name):
+            names.append(name)
+    return names
+
+
+def is_full(name):
+    return not HALF.search(name)
+
+
+def is_safetensors(name):
+    return '.safetensors' in name
+
+
+def is_usual(name):
+    return name.startswith(USUAL_NAMES)
+
+
+def is_whole(name):
+    return not name.endswith('.json')
+
+
+def no_weights(folder, part):
+    """What is wrong with a folder that has no weights: it holds shards without their index, or its
+    sub-folders hold the weights, as in the layout of diffusers."""
+    shards = [name for name in sorted(os.listdir(folder)) if SHARD.search(name)]
+    if shards:
+        return (f'{folder}: holds shards of weights such as {shards[0]}, but not the index that '
+                'lists them (its name ends in .index.json); download it, too')
+    inside = []
+    for name in sorted(os.listdir(folder)):
+        below = os.path.join(folder, name)
+        if os.path.isdir(below) and weight_names(below):
+            inside.append(name)
+    if part in inside:
+        return (f'{folder}: holds no weight files, but its sub-folder {part} does: '
+                f'name {os.path.join(folder, part)}')
+    if inside:
+        return (f'{folder}: holds no weight files, but these sub-folders do: {", ".join(inside)}; '
+                f'name one, such as {os.path.join(folder, inside[0])}')
+    return f'{folder}: holds no weight files, expected one ending in {", ".join(WEIGHT_FILES)}'
+
+
+# What it holds
+
 def read_weights(path):
-    """What a file of torch.save holds. It is mapped into memory, so that an optimizer's state is
-    never read: `fill` copies what is kept. Foreign classes become `Inert`. Raises ValueError."""
+    """The tensors by name of a weight file, or of all files of an index. Raises ValueError,
+    FileNotFoundError."""
+    with open(path, 'rb') as file:
+        if file.read(23) == b'version https://git-lfs':
+            raise ValueError(f'{path}: is a pointer of Git LFS and not the weights; fetch them '
+                             'with: git lfs pull')
+    if path.endswith('.json'):
+        return read_shards(path)
+    if path.endswith('.safetensors'):
+        tensors = read_safetensors(path)
+    else:
+        tensors = read_torch(path)
+    mark_mapped(tensors, path)
+    return tensors
+
+
+def read_shards(path):
+    """All files that an index lists; its "weight_map" says which tensor is in which. Raises
+    ValueError, or FileNotFoundError naming the file that is missing."""
+    form = 'expected JSON with "weight_map": {tensor: file in this folder}'
+    try:
+        with open(path, encoding='utf-8') as file:
+            places = json.load(file)['weight_map']
+        shards = sorted(set(places.values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f'{path}: no index of shards, {form}. Download it again') from None
+    tensors = {}
+    for shard in shards:
+        in_this_folder = isinstance(shard, str) and os.path.basename(shard) == shard
+        if not in_this_folder or not shard.endswith(WEIGHT_FILES):
+            raise ValueError(f'{path}: names the file {shard!r}, {form}')
+        shard_path = os.path.join(os.path.dirname(path), shard)
+        if not os.path.isfile(shard_path):
+            raise FileNotFoundError(f'{path}: lists {shard}, which is missing in this folder '
+                                    f'({len(shards)} files in all); download it, too')
+        tensors.update(read_weights(shard_path))
+    for key, shard in places.items():
+        if key not in tensors:
+            raise ValueError(f'{path}: {key} should be in {shard} and is not; are all files of '
+                             'one release?')
+    return tensors
+
+
+SAFETENSORS = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+    'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
+    'U8': torch.uint8, 'BOOL': torch.bool,
+}
+LONGEST_HEADER = 100_000_000                              # bytes, a limit of the format
+MOST_NUMBERS = 2 ** 60                                    # more overflow torch's strides
+
+
+def read_safetensors(path):
+    """The tensors by name of a safetensors file: 8 bytes that count those of the header, the header,
+    then the bytes of all tensors without a gap. These are mapped into memory. Raises ValueError
+    naming file and tensor."""
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f'{path}: cut off, or no safetensors file: it has {size} bytes, and its '
+                             f'header should have {length}. Download it again')
+        header = file.read(length)
+    entries = safetensors_entries(path, header)
+    data = np.empty(0, np.uint8)
+    if size > 8 + length:
+        data = np.memmap(path, np.uint8, 'c', 8 + length)      # 'c': privately, the file is safe
+    tensors, position = {}, 0
+    for begin, end, name, dtype, shape in entries:
+        if begin != position or end > len(data):
+            raise ValueError(f'{path}: {name} should be bytes {begin} to {end}, expected a begin at '
+                             f'{position} and an end within {len(data)}; the file is cut off or its '
+                             'header wrong. Download it again')
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        else:
+            tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(shape)
+        position = end
+    if position != len(data):
+        raise ValueError(f'{path}: the last {len(data) - position} bytes are no tensor of its '
+                         'header. Download it again')
+    return tensors
+
+
+def safetensors_entries(path, header):
+    """The header of a safetensors file, bytes of JSON -> [(first byte, end, name, dtype, shape)] in
+    the order of the bytes. Raises ValueError."""
+    try:
+        listed = json.loads(header)
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, dict):
+        raise ValueError(f'{path}: its header is not the JSON of a safetensors file. Download it '
+                         'again')
+    entries = []
+    for name, entry in listed.items():
+        if name != '__metadata__':
+            dtype, shape, begin, end = safetensors_entry(path, name, entry)
+            entries.append((begin, end, name, dtype, shape))
+    return sorted(entries)                                # names are unique: no dtype is compared
+
+
+def safetensors_entry(path, name, entry):
+    """One tensor of the header -> dtype, shape, first byte, end. Raises ValueError where these do
+    not agree."""
+    place = f'{path}: its header says {str(entry)[:100]} of {name}'
+    try:
+        letters, shape, (begin, end) = entry['dtype'], entry['shape'], entry['data_offsets']
+        numbers = [*shape, begin, end]
+        known = letters in SAFETENSORS
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f'{place}, expected dtype, shape and data_offsets. Download it '
+                         'again') from None
+    if not known:
+        raise ValueError(f'{place}, expected a dtype of {", ".join(SAFETENSORS)}; take the same '
+                         'weights in another precision')
+    dtype = SAFETENSORS[letters]
+    counts = all(type(number) is int and number >= 0 for number in numbers)
+    fits = counts and math.prod(shape) * dtype.itemsize == end - begin
+    if not fits or math.prod(size for size in shape if size) > MOST_NUMBERS:
+        raise ValueError(f'{place}, expected a shape that fits its bytes. Download it again')
+    return dtype, shape, begin, end
+
+
+def read_torch(path):
+    """The tensors by name of a file of torch.save. It is mapped into memory, so that an optimizer's
+    state is never read. Foreign classes become `Inert`. Raises ValueError."""
     try:
         packed = zipfile.is_zipfile(path)
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
         inert = [(Inert, name) for name in foreign]
         with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=packed)
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=packed)
     except Exception as error:  # torch raises many kinds here
-        raise ValueError(f'{path}: truncated, not a weight file, or refused as unsafe ({first_line(error, 90)}); '
-                         'nothing in it was executed. Download it again; if it is whole, save its state dict alone'
-                         ) from None
+        if 'torchscript' in str(error).lower():
+            raise ValueError(f'{path}: is a TorchScript program, and no program is run here; take '
+                             "the same weights as a state dict, those of OpenAI's CLIP for MaskGen "
+                             'from openai/clip-vit-large-patch14-336') from None
+        raise ValueError(f'{path}: truncated, not a weight file, or refused as unsafe '
+                         f'({first_line(error, 90)}); nothing in it was executed. Download it again; '
+                         'if it is whole, save its state dict alone') from None
+    return flat_tensors(state)
+
+
+# Into a network, with the weights in memory once
+
+def mark_mapped(tensors, path):
+    """Mark the storages whose memory is, as the system says, this file mapped into it."""
+    ranges = mapped_ranges(path)
+    for value in tensors.values():
+        storage = value.untyped_storage()
+        begin = storage.data_ptr()
+        end = begin + storage.nbytes()
+        storage.mapped = any(first <= begin < end <= last for first, last in ranges)
+
+
+def mapped_ranges(path):
+    """[(first address, end)] of what is mapped from a file; [] where the system is not Linux."""
+    try:
+        with open('/proc/self/maps', encoding='utf-8', errors='replace') as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    ranges = []
+    for line in lines:
+        fields = line.split(maxsplit=5)                   # addresses, rights, ..., path
+        if len(fields) == 6 and fields[5] == os.path.realpath(path):
+            first, last = fields[0].split('-')
+            ranges.append((int(first, 16), int(last, 16)))
+    return ranges
+
+
+def drop_pages(tensor):
+    """Take a mapped tensor out of memory, where it would lie beside its copy; the system reads it
+    anew if it is used once more. Others are left alone: they would lose their values."""
+    mapped = getattr(tensor.untyped_storage(), 'mapped', False)
+    if not mapped or not tensor.is_contiguous() or not tensor.numel():
+        return
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - begin
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def shape_of(weights, name, what, key, *wanted):
@@ -251,8 +506,9 @@ def shape_of(weights, name, what, key, *wanted):
 
 
 def fill(network, weights, rename, name):
-    """Put published weights strictly into a network built on the meta device, whose keys `rename`
-    translates. Raises ValueError naming the first key that does not fit."""
+    """Put published weights of any precision strictly into a network built on the meta device, as
+    float32; `rename` translates its keys. Each is copied and then taken out of memory, which so
+    holds them once. Raises ValueError naming the first key that does not fit."""
     wanted = {key: rename(key) for key in network.state_dict()}
     for key, value in network.state_dict().items():
         shape_of(weights, name, type(network).__name__, wanted[key], *value.shape)
@@ -260,6 +516,30 @@ def fill(network, weights, rename, name):
     if extra:
         raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
                          'Is this the right file?')
-    copies = {key: weights[theirs].to(torch.float32, copy=True) for key, theirs in wanted.items()}
+    copies = {}
+    for key, theirs in wanted.items():
+        copies[key] = weights[theirs].to(torch.float32, copy=True)
+        drop_pages(weights[theirs])
     network.load_state_dict(copies, assign=True)
     return network.eval()
+
+
+def found_numbers(weights, pattern):
+    """The numbers, as text, that one group of `pattern` takes in the names."""
+    found = set()
+    for key in weights:
+        match = re.match(pattern, key)
+        if match:
+            found.add(match[1])
+    return found
+
+
+def count_numbers(weights, pattern):
+    return len(found_numbers(weights, pattern))
+
+
+def seeded(cls, config):
+    """A network of random weights, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(**config).eval()

@@ -2,14 +2,15 @@
 Where images come from and where pictures go: image folders, words to ids, the token cache, grids
 and curves.
 
-Images come from a *source*. `Shapes` in world.py draws them, `Folder` here reads them, `open_data`
-chooses, and nobody else asks which kind it is. A third kind of data is one more class with these
-members (and two lines in `open_data`):
+Images come from a *source*. `Shapes` in world.py draws them, `Folder` and `CaptionedFolder` here
+read them, `open_data` chooses, and nobody else asks which kind it is. Another kind of data is one
+more class with these members (and two lines in `open_data`):
 
     data, size              its name or folder; the side of its square images in pixels
     words, caption_length   the vocabulary of its captions (tuple); the most words a caption has
     length, limit           images; training draws indices below `limit`, which may be the larger
     batch(index)            -> images float (B, 3, size, size) in [-1, 1], captions (list of str)
+    captions(index)         -> the captions alone, which costs no image
     bad, is_bad(i)          {path: reason} of the files that could not be read; is image i of them?
     key()                   a list, fit for JSON, that changes whenever an image does; it names the
                             token cache
@@ -30,16 +31,22 @@ members (and two lines in `open_data`):
                             its neighbours must
     follows(images, captions)     -> bool array (B,): does each image show its caption? Asked only
                             where `judges` is True
+    label_of(caption)       -> int, the number of what those neighbours vote on: a class, a category
+                            or the caption itself. Asked only where `judges` is False
     factors(images, captions)     -> {factor: distance in [0, 1] from its known law}, {} where no
                             law is known
 """
+import csv
 import difflib
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import textwrap
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -54,6 +61,13 @@ from common.world import WORLDS, Shapes
 READERS = 8                    # threads that decode files; PIL lets them run in parallel
 GOOD, BAD = 1, 2               # last column of a partial token table; 0: this row is still to do
 
+METADATA = ('metadata.jsonl', 'metadata.csv')  # Hugging Face's imagefolder: file_name, text
+IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+UNKNOWN = '<unknown>'          # stands in the vocabulary of free captions for every word outside it
+RARE = 2                       # a word in fewer captions than this is outside
+MOST_WORDS = 32_000            # of these vocabularies; the ids must fit 16 bits
+LONGEST_CAPTION = 32           # words of a free caption that are read
+
 
 # -----------------------------------------------------------------------------
 # Sources of images
@@ -66,6 +80,8 @@ def open_data(data, size, n_images=50_000, expected=None):
     """
     if data in WORLDS:
         source = Shapes(data, size, n_images)
+    elif holds_captions(data):
+        source = CaptionedFolder(data, size)
     else:
         source = Folder(data, size)
     if expected is not None and list(source.words) != list(expected):
@@ -93,15 +109,16 @@ class Folder:
         self.bad = {}
         groups = find_classes(data)
         self.words = tuple(groups)
-        self.files = []                                        # (path, number of its class)
-        for label, paths in enumerate(groups.values()):
-            self.files += [(path, label) for path in paths]
+        self.files = []                                        # (path, caption)
+        for word, paths in groups.items():
+            self.files += [(path, word) for path in paths]
         self.length = len(self.files)
         self.limit = self.length
         self.check_files()
 
     def check_files(self):
         """Say what is wrong with the files, or odd."""
+        check_layout(self.data, [path for path, caption in self.files])
         if self.length < 8:
             found = self.length or 'no'
             raise ValueError(f'--data={self.data}: {found} files found, expected at least 8; put '
@@ -151,21 +168,29 @@ class Folder:
                                      'readable image')
                 i = (i + 1) % self.length
                 image = self.read([i])[0]
-            path, label = self.files[i]
+            path, caption = self.files[i]
             pixels.append(image)
-            captions.append(self.words[label])
+            captions.append(caption)
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)        # (B, 3, size, size)
         return images.float() / 127.5 - 1, captions
 
+    def captions(self, index):
+        """index (B,) -> captions, of unreadable files too."""
+        captions = []
+        for i in index:
+            path, caption = self.files[i]
+            captions.append(caption)
+        return captions
+
     def is_bad(self, i):
         """True once the file of image i could not be read."""
-        path, label = self.files[i]
+        path, caption = self.files[i]
         return path in self.bad
 
     def key(self):
         """Every file's name, length in bytes and time of change."""
         key = [self.size]
-        for path, label in self.files:
+        for path, caption in self.files:
             status = os.stat(path)
             key.append([path, status.st_size, status.st_mtime_ns])
         return key
@@ -204,8 +229,116 @@ class Folder:
         raise ValueError(f'{self.data}: no rule tells what an image of a folder shows; let its '
                          'neighbours vote')
 
+    def label_of(self, caption):
+        """The number of the class."""
+        return self.words.index(caption)
+
     def factors(self, images, captions):
         return {}
+
+
+class CaptionedFolder(Folder):
+    """A folder of images with captions in free words: listed in metadata.jsonl or metadata.csv, or
+    each in a .txt beside its image.
+
+    The vocabulary is the words of the captions, in lower case and without punctuation, and UNKNOWN
+    for the rare ones and for new ones in a prompt; notes say what that leaves. Where the metadata
+    name categories, these are what neighbours vote on, else equal captions. Raises ValueError.
+    """
+
+    def __init__(self, data, size):
+        self.data = data
+        self.size = size
+        self.bad = {}
+        entries = read_captions(data)
+        self.files = [(path, caption) for path, caption, category in entries]
+        self.length = len(self.files)
+        self.limit = self.length
+        self.words, self.caption_length = make_vocabulary([caption for path, caption in self.files])
+        self.number = {word: k for k, word in enumerate(self.words)}
+        self.sort_captions(entries)
+        self.check_captions()
+
+    def sort_captions(self, entries):
+        """Number the labels, and sort the different captions by them: those of label k are the
+        `label_count[k]` of `sorted_captions` before place `label_end[k]`."""
+        label = {}
+        for path, caption, category in entries:                # of equal captions the first counts
+            label.setdefault(caption, category or caption)
+        number = {name: k for k, name in enumerate(sorted(set(label.values())))}
+        self.labels = {caption: number[label[caption]] for caption in label}
+        pairs = sorted((k, caption) for caption, k in self.labels.items())
+        self.sorted_captions = [caption for k, caption in pairs]
+        self.label_count = np.bincount([k for k, caption in pairs])
+        self.label_end = self.label_count.cumsum()
+
+    def check_captions(self):
+        """Say what is wrong with the captions, or odd, and what becomes of their words."""
+        if self.length < 8:
+            raise ValueError(f'--data={self.data}: {self.length} captioned images, expected at '
+                             'least 8')
+        rare = set()
+        with_rare = 0
+        long = set()
+        for path, caption in self.files:
+            words = plain_words(caption)
+            if len(words) > LONGEST_CAPTION:
+                long.add(caption)
+            outside = [word for word in words[:LONGEST_CAPTION] if word not in self.number]
+            rare.update(outside)
+            with_rare += bool(outside)
+        NOTED.update(rare, long)                               # `word_ids` need not tell them again
+
+        say(f'note: {self.data}: {self.length} captions of up to {self.caption_length} words, '
+            f'{len(self.words) - 1} different words known')
+        if rare:
+            say(f'note: {with_rare} captions hold rare words, {len(rare)} in all, such as '
+                f'{min(rare)!r}, which are read as {UNKNOWN}')
+        if long:
+            say(f'note: {len(long)} captions have more than {LONGEST_CAPTION} words and are cut')
+        if len(self.sorted_captions) == 1:
+            say('note: all captions are the same, so guidance has nothing to steer')
+        self.note_left_out()
+
+    def note_left_out(self):
+        """Say how many images lie there without a caption."""
+        listed = {path for path, caption in self.files}
+        left_out = [path for path in find_images(os.path.abspath(self.data)) if path not in listed]
+        if left_out:
+            say(f'note: {len(left_out)} images in {self.data} are not listed and are left out, '
+                f'such as {left_out[0]}')
+
+    def key(self):
+        """Also the captions and how they are read."""
+        captions = [caption for path, caption in self.files]
+        return [*super().key(), captions, self.words, self.caption_length]
+
+    def label_of(self, caption):
+        """The number of its category, where there are none of the caption. Raises ValueError for
+        one that no image has."""
+        if caption not in self.labels:
+            raise ValueError(f'--data={self.data}: no image has the caption {caption!r}')
+        return self.labels[caption]
+
+    def wrong_caption(self, caption, u):
+        """A caption of another category, where there are none another caption, that reads otherwise
+        too: two captions of unknown words may be the same to the model. Raises ValueError where
+        there is none."""
+        label = self.label_of(caption)
+        n_own = self.label_count[label]
+        start = self.label_end[label] - n_own
+        n_others = len(self.sorted_captions) - n_own
+        first = int(u[0] * n_others)
+        words = known_words(caption, self.number, self.caption_length)
+        for k in range(n_others):
+            place = (first + k) % n_others
+            if place >= start:
+                place += n_own                                 # step over those of its label
+            other = self.sorted_captions[place]
+            if known_words(other, self.number, self.caption_length) != words:
+                return other
+        raise ValueError(f'--data={self.data}: no caption of another category reads otherwise than '
+                         f'{caption!r}, so there is nothing to follow')
 
 
 def find_classes(data):
@@ -249,6 +382,29 @@ def find_files(top):
     return sorted(paths)
 
 
+def find_images(top):
+    """Those of `find_files` whose names end like an image's."""
+    return [path for path in find_files(top) if is_image(path)]
+
+
+def is_image(name):
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def check_layout(data, paths):
+    """Raise ValueError where the files of a folder are not laid out as classes: tars, which
+    img2dataset makes, or a list of captions in a sub-folder, as Hugging Face splits data sets."""
+    tars = [path for path in paths if path.endswith('.tar')]
+    if tars and not any(is_image(path) for path in paths):
+        raise ValueError(f'--data={data}: no images but {len(tars)} tars, such as '
+                         f'{os.path.basename(tars[0])}; unpack them: cd {os.path.dirname(tars[0])} '
+                         '&& for t in *.tar; do tar xf "$t"; done')
+    lists = [path for path in paths if os.path.basename(path) in METADATA]
+    if lists:
+        raise ValueError(f'--data={data}: {lists[0]} lists captions, but only of its own folder; '
+                         f'give --data={os.path.dirname(lists[0])}')
+
+
 def read_image(path, size):
     """One file -> uint8 (size, size, 3). Raises ValueError with the reason if it cannot be read."""
     try:
@@ -287,30 +443,273 @@ def shallow_grey(image):
     return Image.fromarray((grey * 255 / white).clip(0, 255).astype(np.uint8))
 
 
+def say(text):
+    """One line on the console, by one process, above a progress bar if there is one."""
+    if is_rank0():
+        tqdm.write(text)
+
+
+# -----------------------------------------------------------------------------
+# Captions of a folder
+
+def holds_captions(data):
+    """Are the images of a folder captioned: by a metadata file, or a .txt beside one of them?"""
+    for name in METADATA:
+        if os.path.exists(os.path.join(data, name)):
+            return True
+    for folder, _, names in os.walk(data):
+        texts = {name for name in names if name.endswith('.txt')}
+        for name in names:
+            if is_image(name) and text_beside(name) in texts:
+                return True
+    return False
+
+
+def text_beside(path):
+    """Where the caption of an image is if there is no list: cat.png -> cat.txt."""
+    return os.path.splitext(path)[0] + '.txt'
+
+
+def read_captions(data):
+    """[(path, caption in one line, category or '')] of a captioned folder, each image once.
+
+    Raises ValueError, in one line, for everything that is wrong with the list.
+    """
+    root = os.path.abspath(data)
+    found = [name for name in METADATA if os.path.exists(os.path.join(root, name))]
+    if len(found) > 1:
+        raise ValueError(f'--data={data}: there are both {found[0]} and {found[1]}; keep one')
+    if found:
+        origin = os.path.join(root, found[0])
+        entries = read_metadata(root, origin)
+    else:
+        origin = root
+        entries = read_texts(root)
+    if not entries:
+        raise ValueError(f'{origin}: lists no image')
+    check_entries(origin, entries)
+    return entries
+
+
+def read_metadata(root, origin):
+    """The entries of metadata.jsonl or metadata.csv."""
+    if origin.endswith('.csv'):
+        rows = read_csv(origin)
+    else:
+        rows = read_jsonl(origin)
+    entries = []
+    for line, row in rows:
+        for column in ('file_name', 'text', 'category'):
+            value = row.get(column) or ''
+            if not isinstance(value, str):
+                raise ValueError(f'{origin}, line {line}: {column} is {value!r}, expected text')
+        if not row['file_name']:
+            raise ValueError(f'{origin}, line {line}: the file_name is empty')
+        path = os.path.normpath(os.path.join(root, row['file_name']))
+        entries.append((path, one_line(row['text']), one_line(row.get('category'))))
+    return entries
+
+
+def check_columns(path, line, names):
+    """Raise ValueError unless file_name and text are among the columns."""
+    lacking = [name for name in ('file_name', 'text') if name not in names]
+    if lacking:
+        raise ValueError(f'{path}, line {line}: no column {" and no column ".join(lacking)}; '
+                         f'expected file_name and text, found {", ".join(names) or "none"}')
+
+
+def read_jsonl(path):
+    """[(number of the line, dict)] of a file with one JSON object a line."""
+    rows = []
+    for line, text in enumerate(read_text(path).split('\n'), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f'{path}, line {line}: not JSON ({error}); expected an object like '
+                             '{"file_name": "1.png", "text": "a cat"}') from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {line}: a JSON {type(row).__name__}, expected an '
+                             'object like {"file_name": "1.png", "text": "a cat"}')
+        check_columns(path, line, row)
+        rows.append((line, row))
+    return rows
+
+
+def read_csv(path):
+    """[(number of the line, dict)] of a table whose first line names the columns."""
+    table = io.StringIO(read_text(path), newline='')           # a caption may hold line breaks
+    reader = csv.DictReader(table, strict=True)
+    rows = []
+    try:
+        if reader.fieldnames:
+            check_columns(path, 1, reader.fieldnames)
+        for row in reader:
+            if None in row:                                    # where csv puts what is too much
+                raise ValueError(f'{path}, line {reader.line_num}: more columns than the first '
+                                 'line names; a caption with a comma needs quotes')
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise ValueError(f'{path}, line {reader.line_num}: {error}; is a quote missing there or '
+                         'before?') from None
+    return rows
+
+
+def read_texts(root):
+    """The entries of a folder with a .txt beside each image."""
+    images = find_images(root)
+    bare = [path for path in images if not os.path.isfile(text_beside(path))]
+    if bare:
+        raise ValueError(f'--data={root}: {len(bare)} of {len(images)} images have no .txt beside '
+                         f'them, such as {bare[0]}')
+    return [(path, one_line(read_text(text_beside(path))), '') for path in images]
+
+
+def read_text(path):
+    """What a file in UTF-8 says, without the mark that some editors put first."""
+    with open(path, 'rb') as file:
+        data = file.read()
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data.count(b'\n', 0, error.start) + 1
+        raise ValueError(f'{path}, line {line}: not UTF-8 (byte {error.start} is '
+                         f'{data[error.start]:#04x}); save it as UTF-8') from None
+
+
+def one_line(text):
+    """Text, or None, with single spaces for all white space."""
+    return ' '.join((text or '').split())
+
+
+def check_entries(origin, entries):
+    """Raise ValueError for images that are not there or listed twice, captions without a word, and
+    categories of some images only."""
+    paths = [path for path, caption, category in entries]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f'{origin}: {len(missing)} of {len(paths)} images are listed and not '
+                         f'there, such as {missing[0]}')
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f'{origin}: {path} is listed {times} times; an image has one caption')
+    for path, caption, category in entries:
+        if not caption:
+            raise ValueError(f'{origin}: {path} has an empty caption')
+        if not plain_words(caption):
+            raise ValueError(f'{origin}: {path} has a caption without letter or digit, {caption!r}')
+    without = [path for path, caption, category in entries if not category]
+    if 0 < len(without) < len(entries):
+        raise ValueError(f'{origin}: {len(without)} of {len(entries)} images have no category, '
+                         f'such as {without[0]}; give all of them one, or none')
+
+
 # -----------------------------------------------------------------------------
 # Words to ids
+
+NOTED = set()                  # unknown words and long captions of which a note has told already
+
+
+def plain_words(caption):
+    """The words of a free caption: lower case; whatever is no letter, accent or digit separates
+    two. UNKNOWN stays, so that a caption made of ids can be read again."""
+    words = []
+    for part in unicodedata.normalize('NFC', caption).lower().split():
+        if part.isalnum() or part == UNKNOWN:                  # as most are
+            words.append(part)
+            continue
+        for character in set(part):
+            if unicodedata.category(character)[0] not in 'LMN':      # letter, mark, number
+                part = part.replace(character, ' ')
+        words += part.split()
+    return words
+
+
+def make_vocabulary(captions):
+    """Free captions -> the words that at least RARE of them have, sorted, the commonest MOST_WORDS
+    at most, then UNKNOWN (a tuple); the most words a caption has."""
+    count = Counter()
+    longest = 0
+    for caption in captions:
+        words = plain_words(caption)[:LONGEST_CAPTION]
+        count.update(set(words))
+        longest = max(longest, len(words))
+    count.pop(UNKNOWN, None)
+    frequent = [word for word in count if count[word] >= RARE]
+    frequent.sort(key=lambda word: (-count[word], word))
+    return (*sorted(frequent[:MOST_WORDS]), UNKNOWN), longest
+
+
+def known_words(caption, number, length):
+    """A free caption as a model reads it that knows the words of `number` and UNKNOWN."""
+    words = plain_words(caption)[:length]
+    return [word if word in number else UNKNOWN for word in words]
+
+
+def exact_words(caption, number, length):
+    """A caption all of whose words must be in `number`. Itself a word (a class label), it stays
+    whole. Raises ValueError for an unknown word, naming its nearest neighbours, and where there are
+    more than `length` words."""
+    words = caption.lower().split()
+    if caption.strip() in number:
+        words = [caption.strip()]
+    for k, word in enumerate(words):
+        if word not in number:
+            raise ValueError(f'unknown word {word!r} in {caption!r}; {suggestion(word, number)}')
+        if k >= length:
+            raise ValueError(f'{caption!r} has {len(words)} words; this model reads at most '
+                             f'{length}')
+    return words
+
 
 def word_ids(captions, words, length):
     """Captions -> ids (B, length), filled up with len(words), which means "no word".
 
-    A caption that is itself a word (a class label) stays whole. Raises ValueError for a caption
-    that is too long, and for an unknown word, naming its nearest neighbours.
+    Where the vocabulary has UNKNOWN, a caption may hold any word and be longer than `length`; a
+    note tells what is not read. Else ValueError is raised, see `exact_words`.
     """
     number = {word: k for k, word in enumerate(words)}
+    free = UNKNOWN in number
+    if free:
+        note_unread(captions, number, length)
     ids = torch.full((len(captions), length), len(words), dtype=torch.int64)
     for i, caption in enumerate(captions):
-        parts = caption.lower().split()
-        for whole in (caption.strip(), caption):               # a class may end in a blank
-            if whole in number:
-                parts = [whole]
-        for k, word in enumerate(parts):
-            if word not in number:
-                raise ValueError(f'unknown word {word!r} in {caption!r}; {suggestion(word, words)}')
-            if k >= length:
-                raise ValueError(f'{caption!r} has {len(parts)} words; this model reads at most '
-                                 f'{length}')
+        if free:
+            read = known_words(caption, number, length)
+        else:
+            read = exact_words(caption, number, length)
+        for k, word in enumerate(read):
             ids[i, k] = number[word]
     return ids
+
+
+def note_unread(captions, number, length):
+    """Print which words of free captions are unknown, and how many captions too long, each once."""
+    unknown = []
+    long = []
+    for caption in captions:
+        words = plain_words(caption)
+        if len(words) > length and caption not in NOTED:
+            NOTED.add(caption)
+            long.append(caption)
+        for word in words[:length]:
+            if word not in number and word not in NOTED:
+                NOTED.add(word)
+                unknown.append(word)
+    if long:
+        say(f'note: only the first {length} words are read of {textwrap.shorten(long[0], 60)!r}'
+            + and_others(long))
+    if unknown:
+        say(f'note: {unknown[0]!r} is not among the {len(number) - 1} known words and is read as '
+            f'{UNKNOWN}{and_others(unknown)}; {suggestion(unknown[0], number)}')
+
+
+def and_others(some):
+    """How many things there are beside the first."""
+    if len(some) == 1:
+        return ''
+    return f' (and {len(some) - 1} others)'
 
 
 def captions_of(ids, words):
@@ -333,7 +732,7 @@ def suggestion(word, words):
     near = difflib.get_close_matches(word, words, n=3, cutoff=0.3)
     if near:
         return f'nearest known: {", ".join(near)}'
-    return f'known: {", ".join(words[:40])}'
+    return f'known: {", ".join(list(words)[:40])}'
 
 
 # -----------------------------------------------------------------------------
@@ -365,7 +764,7 @@ def decode_images(tokenizer, tokens, captions):
 @torch.no_grad()
 def token_data(source, tokenizer, folder, device, batch=256, flips=False):
     """All images of a source as a memory-mapped array (M, N + T) of the smallest sufficient
-    integers: tokens, then the ids of the caption's words.
+    integers: tokens, then the ids of the caption's words. `TokenData.draw` gives whole captions.
 
     With `flips` each image is followed by its mirror image; unreadable files are left out. The file
     is made once, in `folder`, on `device`: processes share the work (all must call this), and an
@@ -389,6 +788,12 @@ def cache_path(source, tokenizer, folder, flips):
     key = json.dumps([*source.key(), bool(flips), tokenizer.digest()])
     digest = hashlib.sha256(key.encode()).hexdigest()
     return os.path.join(folder, f'tokens-{digest[:16]}.npy')
+
+
+def numbers_path(path):
+    """The file beside the cache that says which image each row shows."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.replace('tokens-', 'images-'))
 
 
 def create_table(source, tokenizer, path, flips):
@@ -448,7 +853,8 @@ def encode_rows(source, tokenizer, index, flips):
 
 
 def finish_table(source, tokenizer, path):
-    """Write the good rows of PATH.partial to PATH, one per copy: (M, N + T)."""
+    """Write the good rows of PATH.partial to PATH, one per copy: (M, N + T), and beside it the
+    numbers of their images (M,)."""
     if not is_rank0():
         return
     partial = path + '.partial'
@@ -456,36 +862,54 @@ def finish_table(source, tokenizer, path):
     good = np.flatnonzero(table[:, -1] == GOOD)
     if len(good) < source.length:
         print(f'{source.length - len(good)} of {source.length} files were skipped')
+    rows = table[good, :-1].reshape(-1, tokenizer.N + source.caption_length)
+    numbers = good.repeat(len(rows) // max(1, len(good)))      # every copy shows the same image
     new = path + '.tmp'
     with writing(path):
-        with open(new, 'wb') as file:
-            np.save(file, table[good, :-1].reshape(-1, tokenizer.N + source.caption_length))
-        os.replace(new, path)
+        for target, array in ((numbers_path(path), numbers), (path, rows)):    # the cache last
+            with open(new, 'wb') as file:
+                np.save(file, array)
+            os.replace(new, target)
         os.remove(partial)
 
 
 class TokenData:
-    """The encoded images: `table` (M, N + T) as `token_data` makes it, tokens, then the ids of the
-    caption's words."""
+    """The encoded images of a source: `table` (M, N + T) as `token_data` made it, tokens, then the
+    ids of the caption's words."""
 
-    def __init__(self, table, N, words):
-        self.table, self.N, self.words = table, N, words
+    def __init__(self, table, N, source):
+        self.table, self.N, self.source = table, N, source
 
     def __len__(self):
         return len(self.table)
 
-    def draw_ids(self, run, rng):
-        """A random micro-batch -> tokens (B, N), ids of the captions' words (B, T), on the
-        device."""
+    def draw_rows(self, run, rng):
+        """The numbers (B,) of a random micro-batch, sorted: a memory-mapped file likes order."""
         index = torch.randint(len(self.table), (run.micro,), generator=rng, device=run.device)
-        index = index.sort().values                    # a memory-mapped file likes order
-        rows = torch.from_numpy(self.table[index.cpu().numpy()]).long().to(run.device)
-        return rows[:, :self.N], rows[:, self.N:]
+        return index.sort().values.cpu().numpy()
+
+    def read(self, rows, device):
+        """-> tokens (B, N), ids of the captions' words (B, T)."""
+        ids = torch.from_numpy(self.table[rows]).long().to(device)
+        return ids[:, :self.N], ids[:, self.N:]
+
+    def draw_ids(self, run, rng):
+        """A random micro-batch as `read` gives it."""
+        return self.read(self.draw_rows(run, rng), run.device)
 
     def draw(self, run, rng):
-        """The same -> tokens (B, N), captions."""
-        tokens, ids = self.draw_ids(run, rng)
-        return tokens, captions_of(ids, self.words)
+        """A random micro-batch -> tokens (B, N), captions, whole ones: ids have lost rare words."""
+        rows = self.draw_rows(run, rng)
+        tokens, _ = self.read(rows, run.device)
+        return tokens, self.source.captions(self.images_of(rows))
+
+    def images_of(self, rows):
+        """Which images of the source the rows (B,) show. Raises ValueError."""
+        path = numbers_path(self.table.filename)
+        if not os.path.exists(path):
+            raise ValueError(f'{path}: not there, so the images of {self.table.filename} are unknown; '
+                             'delete that file too, it is made again')
+        return np.load(path, mmap_mode='r')[rows]
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from common.images import decode_images, encode_images, save_grid
 from common.run import image_rngs, progress, rng_for, synchronise, writing
 
 TOY_SIZE = 32                                          # pixels a side that toy_features looks at
-NEIGHBOURS = 5                                         # reference images that vote on a class
+NEIGHBOURS = 5                                         # reference images that vote on a label
 SHOWN = 16                                             # images per row of a picture
 NAME_WIDTH = 26                                        # columns for the name of a table's row
 EXTRAS = ('reward', 'held_out', 'clipped', 'saturation')  # what reward.py measures besides
@@ -156,13 +156,15 @@ class Reference:
         return dict(row, accuracy=float(right.mean()), n=len(captions), reference=self.name)
 
     def vote(self, features, captions):
-        """Is the caption the commonest among the nearest reference images? -> bool array (n,)."""
-        words = self.source.words
-        labels = torch.tensor([words.index(caption) for caption in self.captions])
+        """Is the label of the caption, its class or category, the commonest among the nearest
+        reference images? -> bool array (n,)."""
+        label_of = self.source.label_of
+        labels = torch.tensor([label_of(caption) for caption in self.captions])
+        wanted = torch.tensor([label_of(caption) for caption in captions])
         distance = torch.cdist(features, self.features)
         nearest = distance.topk(min(NEIGHBOURS, len(labels)), largest=False).indices  # (n, 5)
-        winners = labels[nearest].mode(1).values.tolist()
-        return np.array([words[w] == caption for w, caption in zip(winners, captions)])
+        winners = labels[nearest].mode(1).values                                      # (n,)
+        return (winners == wanted).numpy()
 
     def accuracy_by_task(self, right, captions):
         """Share of right images (n,) among the captions of each task, for the tasks that occur."""
@@ -173,6 +175,21 @@ class Reference:
             if of_task.any():
                 shares[name] = float(right[of_task].mean())
         return shares
+
+
+class NoReference:
+    """In the place of a Reference where there is no data: captions are the prompts of the teacher,
+    and what real images would tell is not known."""
+
+    def __init__(self, loaded):
+        self.loaded = loaded
+
+    def prompts(self, n):
+        return self.loaded.examples(n), None
+
+    def measure(self, images, captions):
+        unknown = dict.fromkeys(('toy_fd', 'precision', 'recall', 'accuracy'), math.nan)
+        return dict(unknown, n=len(captions), reference='nothing, as there are no data')
 
 
 @torch.no_grad()
@@ -202,7 +219,7 @@ def print_extras(entries):
     """Print what rows hold beyond the columns of `show_table`: rewards, accuracy of each task."""
     rows = []
     for entry in entries:
-        row = {key: entry[key] for key in EXTRAS if key in entry}
+        row = {key: entry[key] for key in entry if key in EXTRAS or key.startswith('held_')}
         row.update(entry.get('tasks', {}))
         rows.append(row)
     if not rows[0]:
@@ -243,13 +260,14 @@ def final_table(path, samplers, loaded, reference, n, seed, config):
     (16 images per row, the same captions in each column). Raises OSError where a file cannot be
     written."""
     captions, real = reference.prompts(n)
-    tokens = encode_images(loaded.tokenizer, real)
-    rebuilt = decode_images(loaded.tokenizer, tokens, captions)
-    entries = []
-    for name, images in {'real images': real, 'tokenizer reconstruction': rebuilt}.items():
-        measured = reference.measure(images, captions)
-        entries.append(dict(name=name, passes=0, ms=0.0, **measured))
-    pictures = [real[:SHOWN]]
+    entries, pictures = [], []
+    if real is not None:
+        tokens = encode_images(loaded.tokenizer, real)
+        rebuilt = decode_images(loaded.tokenizer, tokens, captions)
+        for name, images in {'real images': real, 'tokenizer reconstruction': rebuilt}.items():
+            measured = reference.measure(images, captions)
+            entries.append(dict(name=name, passes=0, ms=0.0, **measured))
+        pictures.append(real[:SHOWN])
     for name, (passes, sample) in samplers.items():
         drawn, ms = render(sample, loaded, captions, seed)
         measured = reference.measure(drawn, captions)

@@ -17,32 +17,88 @@ import torch.nn.functional as F
 
 from common.files import load_checkpoint, read_published, restore, save_checkpoint
 from common.images import encode_images, word_ids
-from common.metrics import Reference
+from common.metrics import NoReference, Reference
 from common.run import cosine_law, meet, progress, rng_for
 
 # -----------------------------------------------------------------------------
 # The interface
 
+REWARDS = ('clip', 'clipscore', 'hps', 'pick', 'imagereward')  # a setting w_NAME each
+
+
+def load_reward(name, settings, world_file, device):
+    """The reward of that name -> function (images, prompts) -> (B,). Raises ValueError where a file
+    or a package is missing, or does not fit."""
+    if name == 'clip':
+        return world_reward(world_file, 'clip', device)
+    if name == 'clipscore':
+        return clip_reward('clipscore', settings['clip_path'], settings['clip_path'], device)
+    if name == 'hps':
+        return clip_reward('hps', settings['hps_path'], settings['clip_path'], device)
+    if name == 'pick':
+        return clip_reward('pick', settings['pick_path'], settings['clip_path'], device)
+    if name == 'imagereward':
+        return image_reward(settings['imagereward_path'], settings['bert_path'], device)
+    raise ValueError(f'there is no reward {name!r}, expected one of {", ".join(REWARDS)}')
+
+
 def load_rewards(settings, world_file, device):
     """The rewards whose weight is not zero: {name: (weight, function)}. Nothing is loaded for the
-    others. Raises ValueError where a file or a package is missing, or does not fit."""
+    others. Raises ValueError."""
     rewards = {}
-    if settings['w_clip']:
-        score = world_reward(world_file, 'clip', device)
-        rewards['clip'] = (settings['w_clip'], score)
-    if settings['w_clipscore']:
-        score = clip_reward('clipscore', settings['clip_path'], settings['clip_path'], device)
-        rewards['clipscore'] = (settings['w_clipscore'], score)
-    if settings['w_hps']:
-        score = clip_reward('hps', settings['hps_path'], settings['clip_path'], device)
-        rewards['hps'] = (settings['w_hps'], score)
-    if settings['w_pick']:
-        score = clip_reward('pick', settings['pick_path'], settings['clip_path'], device)
-        rewards['pick'] = (settings['w_pick'], score)
-    if settings['w_imagereward']:
-        score = image_reward(settings['imagereward_path'], settings['bert_path'], device)
-        rewards['imagereward'] = (settings['w_imagereward'], score)
+    for name in REWARDS:
+        weight = settings[f'w_{name}']
+        if weight:
+            rewards[name] = weight, load_reward(name, settings, world_file, device)
     return rewards
+
+
+def load_held_out(settings, world_file, device):
+    """The rewards that are only reported, {name: function}; the first of them may end a run: those
+    that --held_out names, whose weight must be 0, or the small one. Raises ValueError."""
+    names = [name for name in settings['held_out'].split(',') if name]
+    if not names:
+        return {'small': world_reward(world_file, 'held_out', device)}
+    held_out = {}
+    for name in names:
+        if settings.get(f'w_{name}'):
+            raise ValueError(f'--held_out={name} is optimised, too; a held-out reward has --w_{name}=0')
+        held_out[name] = load_reward(name, settings, world_file, device)
+    return held_out
+
+
+def published_scores(settings, device):
+    """The published rewards whose files are given, {name: function}: what a table reports. Raises
+    ValueError."""
+    scores = {}
+    if (settings['hps_path'] or settings['pick_path']) and not settings['clip_path']:
+        raise ValueError('HPSv2.1 and PickScore read their prompts with the words of CLIP ViT-H/14; '
+                         'give its folder with --clip_path, too')
+    if settings['clip_path']:
+        scores['CLIP score'] = load_reward('clipscore', settings, '', device)
+    for name, title in (('hps', 'HPSv2.1'), ('pick', 'PickScore'), ('imagereward', 'ImageReward')):
+        if settings[f'{name}_path']:
+            scores[title] = load_reward(name, settings, '', device)
+    return scores
+
+
+@torch.no_grad()
+def mean_scores(scores, images, captions, device):
+    """{name: mean over the images} of rewards {name: function}."""
+    sums = dict.fromkeys(scores, 0.0)
+    for start in range(0, len(images), SCORED_AT_ONCE):
+        part = images[start:start + SCORED_AT_ONCE].to(device)
+        for name, score in scores.items():
+            sums[name] += float(score(part, captions[start:start + SCORED_AT_ONCE]).sum())
+    return {name: total / len(images) for name, total in sums.items()}
+
+
+SCORED_AT_ONCE = 16
+
+
+def needs_small_rewards(settings):
+    """Are the two small models used, which are trained on the data?"""
+    return bool(settings['w_clip'] or not settings['held_out'])
 
 
 def reward_sum(rewards, images, prompts):
@@ -656,32 +712,36 @@ def make_rewards(path, loaded, settings, run):
 JUDGED_AT_ONCE = 250    # images per pass of the reward models
 
 
-class Judged(Reference):
-    """The metrics of `Reference`, and beside them both rewards and two symptoms of reward
-    hacking."""
+class Judged:
+    """A reference, and beside its metrics the rewards and two symptoms of reward hacking."""
 
-    def __init__(self, source, n_reference, rewards, held_out, device):
-        super().__init__(source, n_reference)
+    def __init__(self, reference, rewards, held_out, device):
+        self.reference = reference
         self.rewards = rewards
-        self.held_out = held_out
+        self.held_out = held_out                       # {name: function}
         self.device = device
 
     @classmethod
     def of(cls, loaded, n):
-        """The reference of a teacher's data, with the rewards that were loaded beside it."""
-        return cls(loaded.source, n, loaded.rewards, loaded.held_out, loaded.device)
+        """With the rewards that were loaded beside a teacher."""
+        reference = Reference.of(loaded, n) or NoReference(loaded)
+        return cls(reference, loaded.rewards, loaded.held_out, loaded.device)
+
+    def prompts(self, n):
+        return self.reference.prompts(n)
 
     @torch.no_grad()
     def judge(self, images, captions):
-        """Images (B, 3, H, W) on the device, captions -> means: trained reward, held-out reward,
-        share of clipped values, colour saturation (largest minus smallest channel, in [0, 1])."""
+        """Images (B, 3, H, W) on the device, captions -> means: trained reward, held-out rewards
+        (`held_out` is the first), share of clipped values, colour saturation (largest minus smallest
+        channel, in [0, 1])."""
         x = images.clamp(-1, 1)
         saturation = (x.amax(1) - x.amin(1)).mean() / 2
-        return dict(
-            reward=reward_sum(self.rewards, images, captions).mean(),
-            held_out=self.held_out(images, captions).mean(),
-            clipped=(images.abs() > 1).float().mean(),
-            saturation=saturation)
+        row = dict(reward=reward_sum(self.rewards, images, captions).mean())
+        for k, (name, reward) in enumerate(self.held_out.items()):
+            row[f'held_{name}' if k else 'held_out'] = reward(images, captions).mean()
+        row.update(clipped=(images.abs() > 1).float().mean(), saturation=saturation)
+        return row
 
     def measure(self, images, captions):
         """`Reference.measure` of images (n, 3, H, W), anywhere, and the means of `judge`."""
@@ -691,7 +751,7 @@ class Judged(Reference):
             means = self.judge(part, captions[start:start + JUDGED_AT_ONCE])
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0) + len(part) * mean
-        row = super().measure(images, captions)
+        row = self.reference.measure(images, captions)
         for name, total in sums.items():
             row[name] = float(total / len(images))
         return row

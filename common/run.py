@@ -61,8 +61,8 @@ def configure(g, recipes=None, handed_on=None, argv=None):
 
 
 def absolute(key, value):
-    """Paths that a checkpoint hands on are good from anywhere: a folder of data, and what is there of the other files;
-    a hub id or the word random stays as it is."""
+    """Paths that a checkpoint hands on are good from anywhere: a folder of data, and what is there
+    of the other files; a hub id or the word random stays as it is."""
     if key == 'data' and value and value not in DRAWN:
         return os.path.abspath(value)
     if (key.endswith('_path') or key in ('teacher_ckpt', 'init')) and os.path.exists(value):
@@ -190,7 +190,8 @@ def report_error(kind, error, trace):
 
 
 def raised_on_purpose(trace):
-    """Told by the instruction, not by reading its line: the file may be edited while a run goes on."""
+    """Told by the instruction, not by reading its line: the file may be edited while a run goes
+    on."""
     while trace.tb_next is not None:
         trace = trace.tb_next
     code = trace.tb_frame.f_code

@@ -14,14 +14,26 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import exists, fill, load_checkpoint, read_published, restore, shape_of
+from common.files import (count_numbers, exists, fill, found_numbers, load_checkpoint, read_published, restore, seeded,
+                          shape_of)
 from common.images import captions_of, open_data, word_encoder
+from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
+from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
 from common.run import HERE
+from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS
 from model import MDM
 from tokenizer import Tokenizer, bit_rows
 
-KINDS = ('maskgit', 'maskbit')
+KINDS = ('maskgit', 'maskbit', 'maskgen', 'meissonic')
+TEXT_KINDS = ('maskgen', 'meissonic')
+NETWORKS = {'maskgen': MaskGen, 'meissonic': Meissonic}        # the others are settings of MDM
+RANDOM = ('random', 'random-xl')                               # paths that stand for random weights
+ACTIVATIONS = {'maskgen': 'quick_gelu', 'meissonic': 'gelu'}   # of the CLIP towers
+NULL_PROMPTS = {
+    'maskgen': '',
+    'meissonic': 'worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg '
+                 'artifacts, signature, sketch, duplicate, ugly, identifying mark'}
 
 TRANSFORMERS = {'maskgit': dict(N=256, V=1024, D=768, depth=24, n_head=16, n_words=1000, mlp=3072,
                                 post_norm=False, eps=1e-5),
@@ -40,14 +52,16 @@ TOKENIZERS = {'maskgit': dict(image_size=256, ch=128, ch_mult='1,1,2,2,4', n_res
 class Teacher:
     """A network and what surrounds it; a generator's checkpoint is read as one, too.
 
-    kind; net, on `device`, frozen; tokenizer; encode(captions) -> cond; prompts, the captions that
-    training draws from, and packed_prompts, as a checkpoint stores them; data, what it was trained
-    on ('' if that is not here); words, its vocabulary; classes, the words where a caption is one of
-    them, else []; config, its own settings.
+    kind; net, on `device`, frozen; tokenizer; encode(captions) -> cond, and encode_batch, the same
+    for captions that are trained on (at once, not remembered); prompts, the captions that training
+    draws from, and packed_prompts, as a checkpoint stores them; data, what it was trained on ('' if
+    that is not here); words, its vocabulary; classes, the words where a caption is one of them,
+    else []; config, its own settings.
     """
 
-    def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config):
+    def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None):
         self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
+        self.encode_batch = encode_batch or encode
         self.prompts, self.packed_prompts = prompts, packed_prompts
         self.data, self.words, self.config = data, words, config
         self.device = next(net.parameters()).device
@@ -81,28 +95,78 @@ def word_teacher(kind, net, tokenizer, words, prompt_ids, data, config, device):
     return Teacher(kind, net, tokenizer.to(device), encode, prompts, prompt_ids, data, words, config)
 
 
-def unpack(state, device='cpu', weights='ema', tokenizer_path='', path='the checkpoint'):
+def text_teacher(kind, net, tokenizer, encoder, prompts, data, config, device):
+    """A Teacher whose condition is what CLIP makes of any text: `encoder` is a TextEncoder. The
+    null prompt is filled in, and TA-TiTok's decoder gets its text."""
+    net = net.to(device).eval().requires_grad_(False)
+    size = float(tokenizer.config['image_size'])
+    micro = {'maskgen': [6.5], 'meissonic': [size, size, 0, 0, 6, 0]}[kind]    # score; sizes, crop, score, timestep
+
+    def condition(captions, training):
+        words, pooled, guide = encoder.encode(captions, training)
+        numbers = torch.tensor([micro], device=device).expand(len(captions), -1)
+        if kind == 'maskgen':
+            return words, pooled, numbers, guide
+        return words, pooled, numbers
+
+    def encode(captions):
+        return condition(captions, training=False)
+
+    def encode_batch(captions):
+        return condition(captions, training=True)
+
+    def guide(captions):
+        return encoder.encode(captions)[2]
+    tokenizer.text = guide
+    words, pooled, *_ = encode([NULL_PROMPTS[kind]])
+    net.null_words.copy_(words)
+    net.null_pooled.copy_(pooled)
+    packed = prompts.pack() if hasattr(prompts, 'pack') else dict(path='', digest='', first=list(prompts[:256]))
+    return Teacher(kind, net, tokenizer.to(device), encode, prompts, packed, data, None, config, encode_batch)
+
+
+def unpack_tokenizer(saved, path=''):
+    """`Tokenizer.from_checkpoint`, and TA-TiTok, which is a class of its own."""
+    if 'patch' not in saved.get('args', {}):
+        return Tokenizer.from_checkpoint(saved, path)
+    tokenizer = TATiTok(**saved['args'])
+    tokenizer.load_state_dict(saved['net'])
+    return tokenizer.eval().requires_grad_(False)
+
+
+def unpack(state, device='cpu', weights='ema', tokenizer_path='', path='the checkpoint', text_path=''):
     """A checkpoint of ours, a teacher's or a generator's -> Teacher. Raises ValueError,
     FileNotFoundError."""
-    net = MDM(**state['args'])
+    kind = state.get('kind', 'ours')
+    net = NETWORKS.get(kind, MDM)(**state['args'])
     restore(net, state[weights], path, weights)
-    tokenizer = Tokenizer.from_checkpoint(state['tokenizer'], tokenizer_path)
-    return word_teacher(state.get('kind', 'ours'), net, tokenizer, state['words'], state['prompts'],
-                        state['data'], state['config'], device)
+    tokenizer = unpack_tokenizer(state['tokenizer'], tokenizer_path)
+    if kind in TEXT_KINDS:
+        encoder = text_encoder(kind, text_path, net, device)
+        return text_teacher(kind, net, tokenizer, encoder, state['prompts']['first'], state['data'], state['config'],
+                            device)
+    return word_teacher(kind, net, tokenizer, state['words'], state['prompts'], state['data'], state['config'], device)
 
 
-def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu'):
-    """-> Teacher. kind 'ours' reads our model.pt at `path`; maskgit and maskbit read published
-    weights (n_head heads, 0: 16), whose words are the class numbers, or the names of the class
-    folders if `data` is a folder (sorted, the published order). path 'random' takes random weights.
-    Raises ValueError, FileNotFoundError with one line."""
+def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu', text_path='', prompts='', grid=0,
+                 any_prompts=False):
+    """-> Teacher. kind 'ours' reads our model.pt at `path`. maskgit and maskbit are published
+    weights (n_head heads, 0: as published) whose words are class numbers, or the names of the class
+    folders if `data` is a folder (sorted, the published order). maskgen and meissonic read any text
+    through the CLIP tower at `text_path`; they train on the lines of the file `prompts`, or on the
+    captions of the folder `data`; `grid` tokens a side (Meissonic, 0: as published). Path 'random'
+    takes random weights. Raises ValueError, FileNotFoundError with one line."""
     folder = '' if data in WORLDS else data
     if kind == 'ours':
         state = load_checkpoint(path, 'model', 'Train it with: python model.py, or say where it is: --teacher_ckpt=FILE',
                                 fallback=True)
         state['data'] = folder or state['data']                # which may have moved
         return unpack(state, device, path=path)
-    net, tokenizer = published_pair(kind, path, tokenizer_path, n_head)
+    net, tokenizer = published_pair(kind, path, tokenizer_path, n_head, grid)
+    if kind in TEXT_KINDS:
+        encoder = text_encoder(kind, text_path or path, net, device)
+        found = training_prompts(prompts, folder, tokenizer, encoder, any_prompts)
+        return text_teacher(kind, net, tokenizer, encoder, found, folder, {}, device)
     words = [str(k) for k in range(net.n_words)]
     if folder:
         words = list(open_data(folder, tokenizer.config['image_size']).words)
@@ -112,21 +176,60 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu')
     return word_teacher(kind, net, tokenizer, words, labels, folder, {}, device)
 
 
-def published_pair(kind, path, tokenizer_path, n_head):
+def text_encoder(kind, path, net, device):
+    """The CLIP text tower of a kind; 'random' stands in for it where a published size is timed.
+    Raises ValueError."""
+    if path in RANDOM:
+        return RandomText(*net.null_words.shape[1:], net.null_pooled.shape[1], device)
+    if not path or os.path.isfile(path):
+        raise ValueError(f'--teacher={kind} reads text: give its CLIP text encoder with --text_path=FOLDER (weights and '
+                         'word files; see README.md)')
+    return load_text_encoder(path, ACTIVATIONS[kind], device=device)
+
+
+def training_prompts(path, folder, tokenizer, encoder, any_prompts):
+    """The prompts of stage 1: a file, or the captions of a folder; or, to time a published size or
+    to draw a prompt of one's own (`any_prompts`), none that matter."""
+    if path:
+        return PromptFile(path)
+    if folder:
+        source = open_data(folder, tokenizer.config['image_size'])
+        return source.captions(range(source.length))
+    if any_prompts or isinstance(encoder, RandomText):
+        return [f'a picture of {k} things' for k in range(64)]
+    raise ValueError('a teacher that reads text needs prompts to train on: give --prompts=FILE (.txt, a prompt a line; '
+                     '.jsonl, .json, .csv), or --data=FOLDER of captioned images')
+
+
+def published_pair(kind, path, tokenizer_path, n_head, grid=0):
     """A published network and its tokenizer, which must be of one release."""
-    if path == 'random' and not tokenizer_path:
+    if path in RANDOM and not tokenizer_path:
         tokenizer_path = 'random'
     if not path or not tokenizer_path:
         raise ValueError(f'--teacher={kind} needs --teacher_path=FILE and --tokenizer_path=FILE; README.md says where '
                          'to get them, and --teacher_path=random takes random weights of the published size')
-    net = MDM.from_pretrained(kind, path, n_head)
-    tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), net.config['S'])
+    if kind in TEXT_KINDS:
+        net, tokenizer = text_pair(kind, path, tokenizer_path, n_head, grid)
+    else:
+        net = MDM.from_pretrained(kind, path, n_head)
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), net.config['S'])
     if kind == 'maskgit' and net.n_words != 1000:              # V was a guess: classes share its table
         net = MDM.from_pretrained(kind, path, n_head, tokenizer.V)
     if (net.N, net.V) != (tokenizer.N, tokenizer.V):
         raise ValueError(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of '
                          f'{tokenizer.V}: they are not of one release')
     return net, tokenizer
+
+
+def text_pair(kind, path, tokenizer_path, n_head, grid):
+    """Network and tokenizer of MaskGen, whose V only the tokenizer tells, or of Meissonic, whose
+    grid only the user or the halving inside tells."""
+    if kind == 'maskgen':
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path)
+        V = None if path in RANDOM else tokenizer.V
+        return MDM.from_pretrained(kind, path, n_head, V), tokenizer
+    net = MDM.from_pretrained(kind, path, n_head, grid=grid)
+    return net, Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.N))
 
 
 def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointing=False):
@@ -143,8 +246,10 @@ def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointin
 
 
 def same_tokens(loaded, state, path):
-    """Raise ValueError unless a teacher and a checkpoint speak of the same tokens: one
-    tokenizer."""
+    """Raise ValueError unless a teacher and a checkpoint speak of the same tokens, one tokenizer,
+    and read the same prompts where these come from a file."""
+    if loaded.kind in TEXT_KINDS:
+        same_prompts(loaded.packed_prompts, state['prompts'])
     ours, theirs = loaded.tokenizer.pack(), state['tokenizer']
     same = all(ours.get(key) == theirs.get(key) for key in ('kind', 'args', 'digest'))
     if same:
@@ -260,10 +365,14 @@ def published_name(key, kind):
     return key                                                 # tok_emb, input_proj, pos_emb, bias, codes
 
 
-def published_transformer(kind, path, n_head=None, V=None):
+def published_transformer(kind, path, n_head=None, V=None, grid=0, axes=None):
     """`MDM.from_pretrained`. MaskGIT keeps V codes and K classes in one table; unless given, V is
     the power of two >= 128 that leaves K = 1000, or else the largest that fits."""
     check_kind(kind)
+    if kind == 'maskgen':
+        return published_maskgen(path, n_head, V)
+    if kind == 'meissonic':
+        return published_meissonic(path, n_head, grid, axes)
     if path == 'random':
         return seeded(MDM, TRANSFORMERS[kind])
     weights, name = read_published(path)
@@ -338,13 +447,6 @@ def check_kind(kind):
         raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(KINDS)}')
 
 
-def seeded(cls, config):
-    """A network of random weights, always the same ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(**config).eval()
-
-
 # -----------------------------------------------------------------------------
 # Published tokenizers
 
@@ -364,17 +466,23 @@ def published_tokenizer_name(key, kind, depth):
     return key
 
 
-def published_tokenizer(kind, path, grid=16, S=0):
-    """`Tokenizer.from_pretrained`: all sizes are read off the shapes but the grid of an image and
-    MaskBit's S (0: as released), which the weights leave open."""
+def published_tokenizer(kind, path, grid=0, S=0, n_head=None):
+    """`Tokenizer.from_pretrained`: all sizes are read off the shapes but the grid of an image,
+    MaskBit's S and the heads of TA-TiTok, which the weights leave open (0, None: as released)."""
     check_kind(kind)
-    if path == 'random':
+    if kind == 'maskgen':
+        tokenizer = published_tatitok(path, n_head)
+    elif kind == 'meissonic':
+        tokenizer = published_meissonic_vq(path, grid or 64)
+    elif path == 'random':
         tokenizer = seeded(Tokenizer, TOKENIZERS[kind])
     else:
-        tokenizer = read_tokenizer(kind, path, grid, S)
+        tokenizer = read_tokenizer(kind, path, grid or 16, S)
     if isinstance(path, (str, os.PathLike)):
         where = path if path == 'random' else os.path.abspath(path)
-        tokenizer.source = dict(kind=kind, path=where, grid=grid, S=S, digest=tokenizer.digest())
+        tokenizer.source = dict(kind=kind, path=where, grid=tokenizer.grid, S=S, digest=tokenizer.digest())
+        if kind == 'maskgen':
+            tokenizer.source['n_head'] = tokenizer.config['n_head']
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -413,17 +521,3 @@ def read_tokenizer(kind, path, grid, S):
     def rename(key):
         return published_tokenizer_name(key, kind, depth)
     return fill(tokenizer, w, rename, name)
-
-
-def found_numbers(weights, pattern):
-    """The numbers, as text, that one group of `pattern` takes in the names."""
-    found = set()
-    for key in weights:
-        match = re.match(pattern, key)
-        if match:
-            found.add(match[1])
-    return found
-
-
-def count_numbers(weights, pattern):
-    return len(found_numbers(weights, pattern))

@@ -92,12 +92,15 @@ def draw(index, open_background=False, scale=1):
     index = np.atleast_1d(np.asarray(index, dtype=np.int64))
     choices = random_choices(index)
     scenes = arrange(choices, open_background)
-    images = paint(scenes, scale)
+    return paint(scenes, scale), captions_of_scenes(choices, scenes)
+
+
+def captions_of_scenes(choices, scenes):
     captions = []
-    for i in range(len(index)):
+    for i in range(len(scenes.task)):
         captions.append(caption_of(scenes.task[i], choices.u_form[i], scenes.color[i],
                                    scenes.shape[i], scenes.relation[i], scenes.n[i]))
-    return images, captions
+    return captions
 
 
 def pick(u, n):
@@ -601,6 +604,11 @@ class Shapes:
     def batch(self, index):
         """index (B,) -> images float (B, 3, size, size) in [-1, 1], captions (a list of str)."""
         return draw(index, self.data == 'shapes-open', self.size // SIZE)
+
+    def captions(self, index):
+        """index (B,) -> captions alone."""
+        choices = random_choices(np.asarray(index, dtype=np.int64))
+        return captions_of_scenes(choices, arrange(choices, open_background=False))
 
     def key(self):
         """What the content depends on, a list that JSON can hold."""
