@@ -2,12 +2,13 @@
 The claims of this repository, as tests: plain functions, on a CPU (one needs a GPU), with tiny networks, in a few
 minutes. The paper's equations come first, in the order of the method: each is a small example of use, against an oracle
 (autograd in float64, a sum over all cases, scipy). Then whole runs of every script, and the repository itself. The
-tests of the helpers, in common/test_common.py, run by the same command.
+tests of the helpers (common/test_common.py), of data and published files (test_data.py) and of text to image
+(test_text.py) run by the same command.
 
 $ python test_all.py                 # all of them, ends with "N passed, M failed, K skipped"
 $ python test_all.py equations       # the first part alone, in seconds
 $ python test_all.py resume soft     # those with one of these words in their name
-$ pytest test_all.py common/test_common.py       # the same, if you have pytest
+$ pytest test_all.py common/test_*.py            # the same, if you have pytest
 Set GOLDEN to a folder of golden files to compare with published layouts; such tests skip where it is unset.
 """
 import ast
@@ -507,6 +508,15 @@ def test_divergence_is_the_two_kls_at_beta_0_and_1_and_its_gradient_equals_autog
         closed = M.dimo_grad(teacher, aux, mask, beta)
         assert torch.allclose(closed, auto, atol=1e-12)
         assert (closed[~mask] == 0).all()
+
+
+def test_large_logits_are_judged_image_by_image_with_the_same_result():
+    teacher, aux = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    mask = torch.rand(3, 5) < 0.6
+    whole = M.dimo_grad(teacher, aux, mask, 0.3), M.jeffreys(teacher, aux, mask, 0.3)
+    with mock.patch.object(M, 'LARGE', 35):
+        parts = M.dimo_grad(teacher, aux, mask, 0.3), M.jeffreys(teacher, aux, mask, 0.3)
+    same(parts, whole)
 
 
 def test_surrogate_hands_its_gradient_to_the_logits():
@@ -1818,7 +1828,7 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
 PACKAGES = {'torch', 'numpy', 'tqdm', 'PIL', 'scipy', *sys.stdlib_module_names}
 HELPERS = ['run', 'world', 'files', 'images', 'metrics', 'rewards']           # in the order of imports
 KNOW_THE_METHOD = ['teachers', 'maskgen', 'meissonic']
-FOR_TESTS = ['testing', 'rehearsal', 'test_common']
+FOR_TESTS = ['testing', 'rehearsal', 'test_common', 'test_data', 'test_text']
 GUARD = 'main guard'
 
 
@@ -1936,10 +1946,12 @@ def chosen_by(words, tests):
 
 
 if __name__ == '__main__':
-    from common import test_common
+    from common import test_common, test_data, test_text
 
     rest = [test for test in collected(globals()) if test not in EQUATIONS]
-    chosen = chosen_by(sys.argv[1:], EQUATIONS + collected(vars(test_common)) + rest)
+    for file in (test_common, test_data, test_text):
+        rest += collected(vars(file))
+    chosen = chosen_by(sys.argv[1:], EQUATIONS + rest)
     if not chosen:
         sys.exit(f'test_all.py: no test has {" or ".join(sys.argv[1:])} in its name; give parts of names, "equations", '
                  'or nothing for all')

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
-from unittest import SkipTest, mock
+from unittest import mock
 
 import numpy as np
 import scipy.linalg
@@ -33,7 +33,7 @@ import tokenizer
 import tteo
 from common import metrics, rewards, world
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, save_checkpoint, settings_of, resumes)
+                          restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
                         micro_rng, out_folder, report_bench, report_error, setting_names,
@@ -41,7 +41,8 @@ from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make
 from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, same_tokens, train_missing
 from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
                             must_refuse, must_run, near, picture_folder, printed, published,
-                            ready_for, rng, same, small_model, small_tokenizer, tiny_run)
+                            ready_for, rng, same, small_model, small_tokenizer, tiny_clip, tiny_run,
+                            transformers_or_skip)
 from model import MDM, reveal_counts, sampling_plan
 from tokenizer import Tokenizer
 
@@ -1179,48 +1180,6 @@ def test_reward_models_learn_that_broken_images_show_nothing():
 
 
 # Published ones
-
-def transformers_or_skip():
-    try:
-        import transformers
-        return transformers
-    except ImportError:
-        raise SkipTest('transformers is not installed (pip install transformers)') from None
-
-
-CLIP_WORDS = ('<pad>', '<start>', '<end>', 'a', 'red', 'circle')
-
-
-def tiny_clip(root):
-    """Save a random CLIP of the published class with a word tokenizer of its own in root -> the
-    network, the ids of 'a red circle' and 'a circle'."""
-    transformers = transformers_or_skip()
-    torch.manual_seed(0)
-    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act='gelu')
-    text = dict(vocab_size=6, hidden_size=16, intermediate_size=32, max_position_embeddings=12,
-                bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
-    vision = dict(hidden_size=24, intermediate_size=48, image_size=224, patch_size=112, **sizes)
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    network = transformers.CLIPModel(config)
-    for p in network.parameters():
-        p.data += 0.2 * torch.randn(p.shape)
-    network.eval().save_pretrained(root)
-    save_clip_words(transformers, root)
-    ids = torch.tensor([[1, 3, 4, 5, 2] + [0] * 7, [1, 3, 5, 2] + [0] * 8])
-    return network, ids
-
-
-def save_clip_words(transformers, root):
-    import tokenizers
-    numbers = {word: k for k, word in enumerate(CLIP_WORDS)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token='<pad>'))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        single='<start> $A <end>', special_tokens=[('<start>', 1), ('<end>', 2)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>',
-                                                eos_token='<end>')
-    fast.save_pretrained(root)
-
 
 def clip_cosine(network, images, ids):
     """What the formulas below share, by the library's own functions."""

@@ -1,6 +1,6 @@
 """
-The harness of test_all.py and common/test_common.py: runs of the scripts with tiny settings, networks of a few
-thousand weights, comparisons, and the runner. Tests are plain functions; pytest finds them too.
+The harness of test_all.py and common/test_*.py: runs of the scripts with tiny settings, networks of a
+few thousand weights, comparisons, the runner. Tests are plain functions; pytest finds them too.
 """
 import atexit
 import contextlib
@@ -9,6 +9,7 @@ import functools
 import glob
 import inspect
 import io
+import json
 import multiprocessing
 import os
 import pathlib
@@ -31,6 +32,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from common import maskgen, meissonic
+from common.files import SAFETENSORS
+from common.maskgen import MaskGen, TATiTok
+from common.meissonic import Meissonic
 from common.teachers import published_name, published_tokenizer_name
 from model import MDM
 from tokenizer import Tokenizer
@@ -168,18 +173,36 @@ shared = ''                                    # a folder that the workers of `r
 
 
 @functools.cache
-def tiny_run():
-    """Every stage, trained once with the tiny settings -> (folder, {script: what it printed}). The
-    first worker that asks trains, the other waits. Nothing may be written into the folder."""
-    folder = shared or tempfile.mkdtemp()
-    if not shared:
-        atexit.register(shutil.rmtree, folder)
+def shared_folder():
+    """A folder that lives as long as the tests run."""
+    if shared:
+        return shared
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def made_once(name):
+    """`with made_once('x') as (folder, done): ...` what stands inside fills the shared folder x unless it is done. The
+    first worker that asks does it, the other waits. Nothing may be written into the folder later."""
+    folder = os.path.join(shared_folder(), name)
+    os.makedirs(folder, exist_ok=True)
+    mark = os.path.join(folder, 'done')
     with open(f'{folder}/lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for script in SCRIPTS:
-            if not os.path.exists(f'{folder}/{script}.txt'):
-                text = must_run(script, f'--out_dir={folder}')
-                pathlib.Path(f'{folder}/{script}.txt').write_text(text)
+        yield folder, os.path.exists(mark)
+        pathlib.Path(mark).touch()
+
+
+@functools.cache
+def tiny_run():
+    """Every stage, trained once with the tiny settings -> (folder, {script: what it printed})."""
+    with made_once('tiny') as (folder, done):
+        scripts = () if done else SCRIPTS
+        for script in scripts:
+            text = must_run(script, f'--out_dir={folder}')
+            pathlib.Path(f'{folder}/{script}.txt').write_text(text)
     return folder, {script: pathlib.Path(f'{folder}/{script}.txt').read_text() for script in SCRIPTS}
 
 
@@ -359,6 +382,198 @@ def picture_folder(root):
     pathlib.Path(f'{root}/cat/truncated.png').write_bytes(whole[:len(whole) // 2])
     pathlib.Path(f'{root}/dog/notes.txt').write_text('not an image')
     os.symlink(f'{root}/nowhere.png', f'{root}/dog/dead_link.png')
+
+
+# -----------------------------------------------------------------------------
+# Files as the hubs have them
+
+def save_safetensors(state, path):
+    """Our own writer of the format, so that no test needs the package."""
+    letters = {dtype: name for name, dtype in SAFETENSORS.items()}
+    header = {'__metadata__': {'format': 'pt'}}
+    parts, position = [], 0
+    for name, value in state.items():
+        part = b''
+        if value.numel():
+            part = bytes(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+        end = position + len(part)
+        header[name] = dict(dtype=letters[value.dtype], shape=list(value.shape), data_offsets=[position, end])
+        parts.append(part)
+        position = end
+    write_safetensors(path, json.dumps(header).encode(), b''.join(parts))
+
+
+def write_safetensors(path, header, data=b''):
+    pathlib.Path(path).write_bytes(len(header).to_bytes(8, 'little') + header + data)
+
+
+def shard(state, folder, stem, ending, save, half=''):
+    """Write a state dict as two files and an index, as transformers and diffusers do -> the index."""
+    keys, places = sorted(state), {}
+    for k in range(2):
+        name = f'{stem}{half}-0000{k + 1}-of-00002.{ending}'
+        save({key: state[key] for key in keys[k::2]}, folder / name)
+        places.update({key: name for key in keys[k::2]})
+    index = folder / f'{stem}.{ending}.index{half}.json'
+    index.write_text(json.dumps(dict(metadata={'total_size': 1}, weight_map=places)))
+    return index
+
+
+def transformers_or_skip():
+    """The package, which only text and published rewards need; quiet, and never on the net."""
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    try:
+        import transformers
+    except ImportError:
+        raise SkipTest('transformers is not installed (pip install transformers)') from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def save_words(folder, words=()):
+    """Files of a CLIP tokenizer that knows letters and these words -> number of ids."""
+    letters = [chr(k) for k in range(33, 127)]
+    vocab = [*letters, *(letter + '</w>' for letter in letters)]
+    merges = []
+    for word in words:
+        parts = [*word[:-1], word[-1] + '</w>']
+        while len(parts) > 1:
+            merge = f'{parts[0]} {parts[1]}'
+            parts = [parts[0] + parts[1], *parts[2:]]
+            if merge not in merges:
+                merges.append(merge)
+            if parts[0] not in vocab:
+                vocab.append(parts[0])
+    vocab += ['<|startoftext|>', '<|endoftext|>']
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {word: k for k, word in enumerate(vocab)}
+    (folder / 'vocab.json').write_text(json.dumps(numbers))
+    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n')
+    return len(vocab)
+
+
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, projection_dim=24,
+             max_position_embeddings=77, hidden_act='gelu', pad_token_id=0)
+
+
+def save_tower(folder, vocab_size, spread=0.2, **changes):
+    """Save a CLIP text tower of random weights that reads ids of `save_words` -> the tower. The wider they are spread,
+    the more different is what it says of two texts."""
+    transformers = transformers_or_skip()
+    ids = dict(vocab_size=vocab_size, bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
+    config = transformers.CLIPTextConfig(**{**TOWER, **ids, **changes})
+    torch.manual_seed(0)
+    tower = transformers.CLIPTextModelWithProjection(config).eval()
+    for p in tower.parameters():
+        p.data += spread * torch.randn(p.shape)
+    tower.save_pretrained(folder)
+    return tower
+
+
+CLIP_WORDS = ('<pad>', '<start>', '<end>', 'a', 'red', 'circle')
+
+
+def tiny_clip(root):
+    """Save a random CLIP of the published class with a word tokenizer of its own in root -> the
+    network, the ids of 'a red circle' and 'a circle'."""
+    transformers = transformers_or_skip()
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act='gelu')
+    text = dict(vocab_size=6, hidden_size=16, intermediate_size=32, max_position_embeddings=12,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    vision = dict(hidden_size=24, intermediate_size=48, image_size=224, patch_size=112, **sizes)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    network = transformers.CLIPModel(config)
+    for p in network.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    network.eval().save_pretrained(root)
+    save_clip_words(transformers, root)
+    ids = torch.tensor([[1, 3, 4, 5, 2] + [0] * 7, [1, 3, 5, 2] + [0] * 8])
+    return network, ids
+
+
+def save_clip_words(transformers, root):
+    import tokenizers
+    numbers = {word: k for k, word in enumerate(CLIP_WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token='<pad>'))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<start> $A <end>', special_tokens=[('<start>', 1), ('<end>', 2)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>',
+                                                eos_token='<end>')
+    fast.save_pretrained(root)
+
+
+# -----------------------------------------------------------------------------
+# Networks that read text
+
+def shake(network, std=0.1, seed=0):
+    """Move every weight away from its start, so that a skipped or swapped one shows."""
+    numbers = rng(seed)
+    with torch.no_grad():
+        for p in [*network.parameters(), *network.buffers()]:
+            if p is not getattr(network, 'rope', None) and p.is_floating_point():
+                p.add_(std * torch.randn(p.shape, generator=numbers))
+    return network.eval()
+
+
+def mini_maskgen(**changes):
+    sizes = dict(N=6, V=16, D=24, depth=2, n_head=2, T=5, C=12, micro=8)
+    return shake(MaskGen(**{**sizes, **changes}))
+
+
+def mini_meissonic(**changes):
+    sizes = dict(V=16, D=24, n_joint=1, n_single=2, n_head=2, grid=4, T=5, C=10, axes=(4, 2, 6), pool=2)
+    return shake(Meissonic(**{**sizes, **changes}))
+
+
+def mini_tatitok(**changes):
+    sizes = dict(image_size=16, patch=4, N=5, V=12, code_dim=6, width=(16, 24), depth=(1, 2), n_head=(2, 3), T=7, C=10)
+    return shake(TATiTok(**{**sizes, **changes}))
+
+
+def mini_vq(**changes):
+    sizes = dict(image_size=16, ch=32, ch_mult='1,2,1', n_res=1, n_codes=12, code_dim=5, mid=2, up=2, z=6, groups=32,
+                 stem=32, unit_range=True)
+    return shake(Tokenizer(**{**sizes, **changes}))
+
+
+def published_text(network):
+    """The weights of a network of ours in the published layout, with all that those files carry."""
+    if isinstance(network, Tokenizer):
+        return {meissonic.vq_name(key): value for key, value in network.state_dict().items()}
+    config = network.config
+    if isinstance(network, MaskGen):
+        names = maskgen.maskgen_names(config['depth'])
+    elif isinstance(network, Meissonic):
+        names = meissonic.meissonic_names(config['n_joint'], config['n_single'])
+    else:
+        names = maskgen.tatitok_names(config['depth'])
+    w = {}
+    for key, value in network.state_dict().items():
+        if not key.startswith('null_'):
+            w[maskgen.published_name(key, names)] = value
+    if isinstance(network, MaskGen):
+        w['embeddings.weight'] = torch.cat([w['embeddings.weight'], torch.full((1001, network.D), 7.0)])
+        w['lm_head.weight'] = w['embeddings.weight']
+    elif isinstance(network, Meissonic):
+        codes, mask = w['embed.embeddings.weight'].split([network.V, 1])
+        w['embed.embeddings.weight'] = torch.cat([codes, torch.full((3, network.D), 7.0), mask])
+        convolutions = ('embed.conv.weight', 'mlm_layer.conv1.weight', 'mlm_layer.conv2.weight')
+        for key in convolutions:
+            w[key] = w[key][..., None, None]
+        if config['pool'] == 2:
+            D = network.D
+            w[meissonic.DOWN] = w[meissonic.DOWN].view(D, 2, 2, D).permute(0, 3, 1, 2)
+            w[meissonic.UP] = w[meissonic.UP].view(2, 2, D, D).permute(3, 2, 0, 1)
+    else:
+        w['quantize.embed_prob'] = torch.zeros(network.V)
+        w['decoder.mask_token'] = w['decoder.mask_token'][None]
+        for key in ('encoder.conv_out.weight', 'decoder.ffn.0.weight'):
+            w[key] = w[key][..., None, None]
+    return {key: value.contiguous() for key, value in w.items()}
 
 
 # -----------------------------------------------------------------------------
