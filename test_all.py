@@ -49,7 +49,7 @@ import sample
 import tokenizer as T
 import tteo
 from common import run as common_run
-from common.images import TokenData, captions_of, open_data, word_ids, write_pngs
+from common.images import captions_of, open_data, word_ids, write_pngs
 from common.metrics import Reference
 from common.rewards import TwoTower, world_reward
 from common.run import cosine_law, image_rngs, micro_rng, rate_law, rng_for
@@ -585,14 +585,21 @@ def contrast(images, prompts):
 TOY_REWARDS = dict(darkness=(2.0, darkness), contrast=(0.5, contrast))
 
 
+class RealTokens:
+    """Real images' tokens with a caption each, drawn as TokenData draws them."""
+    def draw(self, run, rng):
+        tokens = torch.randint(5, (run.micro, 16), generator=rng)
+        words = torch.randint(5, (run.micro, 3), generator=rng)
+        return tokens, [' '.join('abcde'[i] for i in row) for row in words]
+
+
 def small_teacher(net):
     """A teacher of captions of three of five words, and what surrounds it: real images and rewards
     too."""
     prompt_ids = torch.tensor(list(itertools.product(range(5), repeat=3)))
     tokenizer = small_tokenizer().requires_grad_(False)
     loaded = word_teacher('ours', net, tokenizer, list('abcde'), prompt_ids, '', {}, ON_CPU)
-    table = torch.randint(5, (30, 16 + 3), generator=rng(0)).numpy()  # tokens, words
-    loaded.real = TokenData(table, 16, loaded.words)
+    loaded.real = RealTokens()
     loaded.rewards = TOY_REWARDS
     return loaded
 

@@ -248,8 +248,6 @@ def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointin
 def same_tokens(loaded, state, path):
     """Raise ValueError unless a teacher and a checkpoint speak of the same tokens, one tokenizer,
     and read the same prompts where these come from a file."""
-    if loaded.kind in TEXT_KINDS:
-        same_prompts(loaded.packed_prompts, state['prompts'])
     ours, theirs = loaded.tokenizer.pack(), state['tokenizer']
     same = all(ours.get(key) == theirs.get(key) for key in ('kind', 'args', 'digest'))
     if same:
@@ -258,6 +256,8 @@ def same_tokens(loaded, state, path):
     if not same:
         raise ValueError(f'the teacher and {path} have different tokenizers, so their tokens do not mean the same; '
                          'give the teacher of that generator with --teacher_ckpt=...')
+    if isinstance(state.get('prompts'), dict):             # those of a file
+        same_prompts(loaded.packed_prompts, state['prompts'])
 
 
 def teacher_file(teacher, teacher_path, teacher_ckpt, folder, start=''):

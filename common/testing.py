@@ -64,7 +64,7 @@ INPUTS = {                                     # what a script finds in its fold
     'tokenizer.py': [],
     'model.py': ['tokenizer.pt'],
     'distill.py': ['tokenizer.pt', 'model.pt'],
-    'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy'],
+    'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy', 'images-*.npy'],
     'reward.py': ['model.pt', 'distill.pt', 'rewards.pt'],
 }
 
