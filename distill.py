@@ -327,5 +327,7 @@ if __name__ == '__main__':
         samplers['student, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
     if run.rank == 0 and not reference:
-        print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE')
+        prompts_too = '' if loaded.classes else ' --prompts=FILE'
+        print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE'
+              f'{prompts_too}')
     end_run()

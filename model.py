@@ -25,7 +25,7 @@ from tokenizer import bit_rows
 
 # -----------------------------------------------------------------------------
 # I/O
-data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
+data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders or of captioned images
 out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and the token cache go here
 n_images = 50_000      # training images of the shapes world, encoded once; a folder is used whole
 flips = False          # also encode every image mirrored; MaskGIT and MaskBit True

@@ -12,7 +12,7 @@ $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --l
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
 $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
-      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; README.md: where from
+      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; RESULTS.md, section 16: where from
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json
@@ -35,7 +35,7 @@ from model import sample_teacher, student_sampler, teacher_passes
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
-teacher = 'ours'       # instead of a checkpoint: maskgit or maskbit, published weights
+teacher = 'ours'       # instead of a checkpoint: maskgit, maskbit, maskgen or meissonic, published weights
 teacher_path = ''      # file of a published teacher
 teacher_heads = 0      # its attention heads, which the file does not tell; 0 = as published
 teacher_grid = 0       # tokens a side of a Meissonic, which the file does not tell; 0 = as published
@@ -53,7 +53,7 @@ seed = 0               # image k follows from (seed, k)
 steps = 0              # steps of a teacher, 0 = 16; a generator takes one
 cfg_scale = 1.5        # teacher guidance u + s (c - u) at the last step, rising from 1
 gumbel = 8.0           # Gumbel temperature of the teacher's confidence, falling to 0
-law = ''               # its counts and guidance: maskgit or maskbit, '' = what the network is
+law = ''               # its counts and guidance: maskgit, maskbit, maskgen or meissonic, '' = what the network is
 power = 3.0            # exponent of the guidance in the maskbit law; published 2.5 or 3
 tau = 1.0              # softmax temperature times the run's tau_sample: below 1 more typical, above 1 more varied
 top_k = 0              # keep this many codes per position, 0 = all
@@ -193,7 +193,7 @@ def measure_inception():
     captions = inception_captions()
     row = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
     if run.rank == 0:
-        print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({n_metrics} images, seeds ({seed}, k), '
+        print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({len(captions)} images, seeds ({seed}, k), '
               f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
         if 'arr_0' not in reference:
             print(f'no precision and recall: {ref} holds no images (arr_0)')
@@ -207,7 +207,8 @@ def inception_captions():
         labels = balanced_labels(n_metrics, len(loaded.classes), seed)
         return [loaded.classes[k] for k in labels.tolist()]
     if layout:
-        return [job.prompt for job in read_jobs(layout, prompts)][:n_metrics]
+        lines = [job.prompt for job in read_jobs(layout, prompts)]
+        return spread(lines, min(n_metrics, len(lines)))
     if prompts:
         return spread(PromptFile(prompts), n_metrics)
     raise ValueError('--inception draws classes, or the prompts of a file: give --prompts=FILE, or --layout=mjhq '
@@ -221,7 +222,7 @@ def open_reference(path):
         reference['mu'], reference['sigma']
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f'--ref={path}: {type(error).__name__}; expected an npz with mu and sigma, as the ADM suite '
-                         'publishes (see README.md)') from None
+                         'publishes (assets/RESULTS.md, section 16)') from None
     return reference
 
 
@@ -267,6 +268,7 @@ def draw_benchmark():
     """The images of a benchmark in its layout, a seed per prompt and image; what is there and whole
     is skipped."""
     jobs = read_jobs(layout, prompts)
+    same_images()
     missing = [job for job in jobs if not is_whole(os.path.join(png_dir, job.file))]
     draw, bar = sampler(cfg_scale, gumbel), progress(len(missing), layout)
     for begin in range(0, len(missing), batch):
@@ -282,6 +284,23 @@ def draw_benchmark():
     bar.close()
     print(f'{len(jobs)} images of {layout}, {len(missing)} of them drawn now, seeds ({seed}, 0..{len(jobs) - 1}) -> '
           f'{png_dir}')
+
+
+def same_images():
+    """A folder holds the images of one model and one sampler, as a file beside it says, so that
+    images of another are never judged for this one. Raises ValueError."""
+    about = png_dir.rstrip('/') + '.json'
+    made = dict(model=os.path.abspath(path), stage=stage, step=step, weights=weights, seed=seed, steps=n_steps,
+                cfg_scale=cfg_scale, gumbel=gumbel, tau=tau * tau_sample, layout=layout)
+    if os.path.exists(about):
+        with open(about) as file:
+            before = json.load(file)
+        for key, value in made.items():
+            if before.get(key) != value:
+                raise ValueError(f'--png_dir={png_dir} holds images of {key} {before.get(key)}, not {value} ({about}); '
+                                 'give these a folder of their own')
+        return
+    write_json(about, made)
 
 
 def draw_grid():
@@ -308,7 +327,11 @@ def handed_on(settings):
     """What a generator's checkpoint says that it was made with."""
     if settings['teacher'] != 'ours':
         return {}
-    return settings_of(settings['ckpt'], INHERITED)
+    made = settings_of(settings['ckpt'], (*INHERITED, 'teacher'))
+    kind = made.pop('teacher', 'ours')
+    if kind in RECIPES:
+        made['batch'] = RECIPES[kind]['batch']
+    return made
 
 
 # -----------------------------------------------------------------------------
@@ -325,9 +348,13 @@ if __name__ == '__main__':
     if (metrics or sweep) and (prompt or label or png_dir):
         raise ValueError('--metrics and --sweep use captions of the data and write no images; leave out --prompt, '
                          '--label and --png_dir')
-    if layout and not (prompts and (png_dir or metrics)):
+    if layout and not (prompts and (png_dir or inception)):
         raise ValueError(f'--layout={layout} needs --prompts, the file or folder of the benchmark, and --png_dir, where '
                          'its images go')
+    if layout and (prompt or label or bench):
+        raise ValueError(f'--layout={layout} draws the prompts of its file; leave out --prompt, --label and --bench')
+    if prompts and label:
+        raise ValueError('--prompts and --label are two ways to say what is drawn; leave one out')
     loaded, stage, step, path, stem = load()
     is_teacher = stage == 'model' and not student
     if not is_teacher and ('steps' in GIVEN and steps > 1 or sweep):

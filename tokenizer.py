@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 # -----------------------------------------------------------------------------
 # I/O
-data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders
+data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders or of captioned images
 out_dir = 'out'        # tokenizer.pt, its log and its pictures go here
 resume = False         # continue from out_dir/tokenizer.pt to the same bits
 seed = 0               # every random number of the run follows from it

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+from common.images import one_line, read_text
 from common.run import writing
 
 LAYOUTS = ('geneval', 'hpsv2', 'mjhq')
@@ -21,10 +22,12 @@ def read_jobs(layout, path):
     ValueError, FileNotFoundError."""
     if not os.path.exists(path):
         raise FileNotFoundError(f'--prompts={path}: no such file; expected {EXPECTED[layout]}')
-    if layout == 'geneval':
-        return geneval_jobs(path)
     if layout == 'hpsv2':
         return hpsv2_jobs(path)
+    if not os.path.isfile(path):
+        raise ValueError(f'--prompts={path}: is a folder; expected the file {EXPECTED[layout]}')
+    if layout == 'geneval':
+        return geneval_jobs(path)
     return mjhq_jobs(path)
 
 
@@ -37,8 +40,7 @@ def geneval_jobs(path):
     """evaluation_metadata.jsonl: an object with "prompt" a line -> 00000/samples/0000.png to
     0003.png each."""
     jobs = []
-    with open(path, encoding='utf-8') as file:
-        lines = [line for line in file if line.strip()]
+    lines = [line for line in read_text(path).split('\n') if line.strip()]
     for number, line in enumerate(lines):
         metadata = parse(line, path, number + 1)
         prompt = prompt_of(metadata, path, number + 1)
@@ -57,10 +59,10 @@ def hpsv2_jobs(path):
     for name in sorted(os.listdir(path)):
         if not name.endswith('.json'):
             continue
-        with open(os.path.join(path, name), encoding='utf-8') as file:
-            prompts = parse(file.read(), os.path.join(path, name), 1)
+        file = os.path.join(path, name)
+        prompts = parse(read_text(file), file, 1)
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f'{os.path.join(path, name)}: expected a list of prompts')
+            raise ValueError(f'{file}: expected a list of prompts')
         for number, prompt in enumerate(prompts):
             jobs.append(SimpleNamespace(prompt=prompt, k=len(jobs), metadata=None,
                                         file=f'{name[:-len(".json")]}/{number:05d}.jpg'))
@@ -69,8 +71,7 @@ def hpsv2_jobs(path):
 
 def mjhq_jobs(path):
     """meta_data.json: {id: {"category", "prompt"}} -> CATEGORY/ID.png."""
-    with open(path, encoding='utf-8') as file:
-        listed = parse(file.read(), path, 1)
+    listed = parse(read_text(path), path, 1)
     if not isinstance(listed, dict):
         raise ValueError(f'{path}: expected an object of images by their ids, as in MJHQ-30K')
     jobs = []
@@ -87,14 +88,17 @@ def mjhq_jobs(path):
 def parse(text, path, number):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}, line {number}: not JSON ({error})') from None
 
 
 def prompt_of(entry, path, number):
     if not isinstance(entry, dict) or not isinstance(entry.get('prompt'), str):
         raise ValueError(f'{path}, entry {number}: expected an object with "prompt", got {str(entry)[:60]}')
-    return ' '.join(entry['prompt'].split())
+    prompt = one_line(entry['prompt'])
+    if not prompt:
+        raise ValueError(f'{path}, entry {number}: the prompt is empty')
+    return prompt
 
 
 def checked(jobs, path, layout):

@@ -455,7 +455,7 @@ def say(text):
 def holds_captions(data):
     """Are the images of a folder captioned: by a metadata file, or a .txt beside one of them?"""
     for name in METADATA:
-        if os.path.exists(os.path.join(data, name)):
+        if os.path.isfile(os.path.join(data, name)):
             return True
     for folder, _, names in os.walk(data):
         texts = {name for name in names if name.endswith('.txt')}
@@ -526,7 +526,7 @@ def read_jsonl(path):
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f'{path}, line {line}: not JSON ({error}); expected an object like '
                              '{"file_name": "1.png", "text": "a cat"}') from None
         if not isinstance(row, dict):

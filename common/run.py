@@ -65,7 +65,7 @@ def absolute(key, value):
     of the other files; a hub id or the word random stays as it is."""
     if key == 'data' and value and value not in DRAWN:
         return os.path.abspath(value)
-    if (key.endswith('_path') or key in ('teacher_ckpt', 'init')) and os.path.exists(value):
+    if (key.endswith('_path') or key in ('teacher_ckpt', 'init', 'prompts')) and os.path.exists(value):
         return os.path.abspath(value)
     return value
 

@@ -164,7 +164,9 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu',
         return unpack(state, device, path=path)
     net, tokenizer = published_pair(kind, path, tokenizer_path, n_head, grid)
     if kind in TEXT_KINDS:
-        encoder = text_encoder(kind, text_path or path, net, device)
+        if not text_path and path in RANDOM:
+            text_path = path
+        encoder = text_encoder(kind, text_path, net, device)
         found = training_prompts(prompts, folder, tokenizer, encoder, any_prompts)
         return text_teacher(kind, net, tokenizer, encoder, found, folder, {}, device)
     words = [str(k) for k in range(net.n_words)]

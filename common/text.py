@@ -37,7 +37,8 @@ def hub(path):
     try:
         yield transformers
     except Exception as error:         # transformers raises many kinds here
-        raise ValueError(f'cannot load a CLIP text tower from {path}: {first_line(error, 200)}; '
+        asked = ' (no such folder here, so the Hub was asked)' if is_hub_id(path) else ''
+        raise ValueError(f'cannot load a CLIP text tower from {path}{asked}: {first_line(error, 200)}; '
                          'expected a folder or a hub id such as openai/clip-vit-large-patch14-336'
                          ) from None
 
@@ -567,16 +568,20 @@ def prompts_of_csv(path):
     prompts = []
     try:
         with open(path, encoding='utf-8-sig', newline='') as file:
-            table = csv.DictReader(file)
+            table = csv.DictReader(file, strict=True)
             columns = table.fieldnames or []
             if 'text' not in columns:
                 raise ValueError(f'{path}: expected the column text, it has '
                                  f'{", ".join(columns) or "none"}')
             for row in table:
+                if None in row:                                # where csv puts what is too much
+                    raise ValueError(f'{path}, line {table.reader.line_num}: more columns than the '
+                                     'first line names; a prompt with a comma needs quotes')
                 if row['text']:                            # a short row has none
                     prompts.append(one_line(row['text']))
     except UnicodeDecodeError:
         raise ValueError(f'{path}: not UTF-8; save the file as UTF-8') from None
     except csv.Error as error:
-        raise ValueError(f'{path}, line {table.reader.line_num}: {error}') from None
+        raise ValueError(f'{path}, line {table.reader.line_num}: {error}; is a quote missing there '
+                         'or before?') from None
     return [prompt for prompt in prompts if prompt]
