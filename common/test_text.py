@@ -25,12 +25,13 @@ from PIL import Image
 import distill
 import model as M
 from common import maskgen, meissonic
+from common.benchmarks import read_jobs
 from common.maskgen import MaskGen, TATiTok
 from common.meissonic import Meissonic
 from common.run import make_optimizers
 from common.teachers import copy_of, load_teacher, unpack_tokenizer
 from common.testing import (HERE, KILL, capture, exits_with, golden, made_once, mini_maskgen, mini_meissonic,
-                            mini_tatitok, mini_vq, must_run, near, printed, published_text, rng, run, same,
+                            mini_tatitok, mini_vq, must_refuse, must_run, near, printed, published_text, rng, run, same,
                             save_safetensors, save_tower, save_words, shake, shard, tiny_clip,
                             transformers_or_skip)
 from common.text import (PromptFile, TextEncoder, check_reads_text, load_text_encoder, load_tower, load_words,
@@ -1197,6 +1198,8 @@ def test_a_wrong_prompt_file_is_one_line_with_the_place(tmp_path):
     refused('a.csv', '', 'expected the column text, it has none')
     refused('a.csv', 'id,caption\n1,a cat\n', 'expected the column text, it has id, caption')
     refused('a.csv', 'text\n' + 'x' * 200_000, 'line 2', 'field')
+    refused('a.csv', 'text\na red circle, left of a square\n', 'line 2', 'needs quotes')
+    refused('a.csv', 'text\n"a green\na blue circle\n', 'is a quote missing')
     refused('a.json', '', 'not JSON')
     refused('a.json', '["a",\n "b"\n "c"]', 'not JSON', 'line 3')
     refused('a.json', '{"prompt": "a cat"}', 'a list of strings')
@@ -1579,6 +1582,26 @@ def test_mjhq_finds_an_image_by_its_id_in_its_category(tmp_path):
     ask = f'sample.py --ckpt={staged("meissonic")[0]}/distill.pt --layout=mjhq --prompts={listed}'
     found = drawn_twice(ask, tmp_path / 'images', 2)
     assert found == ['animals/0a1b.png', 'food/2c.png']
+
+
+def test_images_of_another_seed_or_model_are_not_taken_for_these(tmp_path):
+    listed = tmp_path / 'meta_data.json'
+    listed.write_text(json.dumps({'2c': dict(category='food', prompt='a square')}))
+    ask = (f'sample.py --ckpt={staged("maskgen")[0]}/distill.pt --layout=mjhq --prompts={listed} '
+           f'--png_dir={tmp_path}/images')
+    must_run(ask)
+    must_refuse(f'{ask} --seed=1', words='of seed 0, not 1')
+
+
+def test_a_wrong_benchmark_file_is_one_line(tmp_path):
+    listed = tmp_path / 'meta_data.json'
+    for layout in ('geneval', 'mjhq'):
+        with exits_with(tmp_path, 'is a folder'):
+            read_jobs(layout, tmp_path)
+        for text in (b'\xff', b'[' * 100_000, b'{"prompt": " "}', b'{"1": {"prompt": ""}}'):
+            listed.write_bytes(text)
+            with exits_with(listed):
+                read_jobs(layout, listed)
 
 
 # -----------------------------------------------------------------------------
