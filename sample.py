@@ -87,7 +87,10 @@ RECIPES = {'maskgit': dict(steps=8, cfg_scale=4.0, gumbel=4.5, batch=64),
 INHERITED = ('text_path', 'r_init', 'sigma_init', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), law=('', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), layout=('', 'geneval', 'hpsv2', 'mjhq'), weights=('ema', 'net'),
+    teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'),
+    law=('', 'maskgit', 'maskbit', 'maskgen', 'meissonic'),
+    layout=('', 'geneval', 'hpsv2', 'mjhq'),
+    weights=('ema', 'net'),
     n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
     r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6)
 # -----------------------------------------------------------------------------

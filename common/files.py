@@ -1,4 +1,5 @@
 """Our checkpoints, written safely; published files, read safely: nothing in a file is ever executed."""
+import contextlib
 import ctypes
 import glob
 import json
@@ -114,6 +115,24 @@ def not_the_stage(state, stage):
 def first_line(error, most):
     text = str(error) or 'empty'
     return text.splitlines()[0][:most]
+
+
+@contextlib.contextmanager
+def open_hub(place, purpose, what, expected):
+    """`with open_hub(...) as transformers:` surrounds the reading of `what` from a place. A missing
+    package, and any error inside, such as a missing or wrong file, become a ValueError of one line
+    that says what was expected."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(f'{purpose} need one more package: pip install transformers') from None
+    try:
+        yield transformers
+    except Exception as error:         # transformers raises many kinds here
+        reason = first_line(error, 200)
+        if isinstance(error, KeyError):
+            reason = f'it has no {error}'
+        raise ValueError(f'cannot load {what} from {place}: {reason}; {expected}') from None
 
 
 def settings_of(path, keys):

@@ -5,7 +5,6 @@ In order: the interface; published rewards (CLIP score, HPSv2.1, PickScore, Imag
 two-tower models of the small world; their training. A reward of your own is such a function and
 two lines in `load_rewards`.
 """
-import contextlib
 import math
 import os
 from collections import OrderedDict
@@ -15,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import load_checkpoint, read_published, restore, save_checkpoint
+from common.files import load_checkpoint, open_hub, read_published, restore, save_checkpoint
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.run import cosine_law, meet, progress, rng_for
@@ -154,26 +153,11 @@ def pixels_224(images):
     return (x - mean) / std
 
 
-@contextlib.contextmanager
 def hub(path):
-    """`with hub(path) as transformers:` surrounds the reading of a published reward. A missing
-    package, and any error inside, such as a missing or wrong file, become a ValueError of one line.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('published rewards need one more package: '
-                         'pip install transformers') from None
-    try:
-        yield transformers
-    except Exception as error:    # transformers raises many kinds here
-        if isinstance(error, KeyError):
-            reason = f'it has no {error}'
-        else:
-            reason = (str(error) or 'empty').splitlines()[0]
-        raise ValueError(f'cannot load a published reward from {path}: {reason}; say where its '
-                         'files are with --clip_path, --hps_path, --pick_path, --imagereward_path, '
-                         '--bert_path') from None
+    """`with hub(path) as transformers:` surrounds the reading of a published reward."""
+    return open_hub(path, 'published rewards', 'a published reward',
+                    'say where its files are with --clip_path, --hps_path, --pick_path, '
+                    '--imagereward_path, --bert_path')
 
 
 def renamed(key, beginnings, parts):

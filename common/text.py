@@ -4,7 +4,6 @@ Text for the text-to-image teachers: captions -> features of a CLIP text tower; 
 In order: the tower, read from any layout in which it is published; its word tokenizer; the
 encoder, which joins them; prompts from a file. Only prompts do without the package `transformers`.
 """
-import contextlib
 import csv
 import hashlib
 import json
@@ -18,29 +17,20 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from common.files import WEIGHT_FILES, fill, first_line, read_published, shape_of
+from common.files import WEIGHT_FILES, fill, open_hub, read_published, shape_of
 from common.run import is_rank0, rng_for
 
 ACTIVATIONS = ('quick_gelu', 'gelu')   # MaskGen's tower, ViT-L/14; Meissonic's, ViT-H/14
 HEAD_WIDTH = 64                        # of all published towers
 
 
-@contextlib.contextmanager
 def hub(path):
-    """`with hub(path) as transformers:` surrounds the reading of a tower. A missing package, and
-    any error inside, such as a missing or wrong file, become a ValueError of one line."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('text-to-image teachers need one more package: '
-                         'pip install transformers') from None
-    try:
-        yield transformers
-    except Exception as error:         # transformers raises many kinds here
-        asked = ' (no such folder here, so the Hub was asked)' if is_hub_id(path) else ''
-        raise ValueError(f'cannot load a CLIP text tower from {path}{asked}: {first_line(error, 200)}; '
-                         'expected a folder or a hub id such as openai/clip-vit-large-patch14-336'
-                         ) from None
+    """`with hub(path) as transformers:` surrounds the reading of a tower."""
+    place = path
+    if is_hub_id(path):
+        place = f'{path} (no such folder here, so the Hub was asked)'
+    return open_hub(place, 'text-to-image teachers', 'a CLIP text tower',
+                    'expected a folder or a hub id such as openai/clip-vit-large-patch14-336')
 
 
 def is_hub_id(path):
