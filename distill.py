@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common.files import (load_resumed, optimizer_states, restore, restore_optimizers,
+from common.files import (claim, load_resumed, optimizer_states, restore, restore_optimizers,
                           resumes, save_checkpoint)
 from common.images import save_grid
 from common.metrics import Reference, final_table, render
@@ -27,13 +27,14 @@ from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_
                         make_optimizers, meet, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
-from common.teachers import copy_of, load_teacher, same_tokens, teacher_file, train_missing
+from common.teachers import copy_of, load_teacher, same_origin, teacher_file, train_missing
 from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step, remask,
                    student_sampler, surrogate, teacher_passes, token_entropy)
 
 # -----------------------------------------------------------------------------
 # I/O
-data = 'shapes'        # 'shapes', 'shapes-open' or a folder; only used to train a missing teacher and to measure
+data = ''              # 'shapes', 'shapes-open' or a folder, to train a missing teacher ('' = shapes) and to measure;
+                       # '' = what the teacher that is there was trained on
 out_dir = ''           # distill.pt, log and pictures go here, '' = out/ or out/NAME of the teacher; ours is found (or made) here
 teacher = 'ours'       # ours (out_dir/model.pt), or published: maskgit, maskbit, maskgen, meissonic (recipes below)
 teacher_path = ''      # file of a published teacher; random = random weights of its size, to time it
@@ -44,6 +45,7 @@ prompts = ''           # file of prompts that these train on (.txt, .jsonl, .jso
 teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than out_dir/model.pt
 resume = False         # continue from out_dir/distill.pt to the same bits
+overwrite = False      # a distill.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
 save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
@@ -226,6 +228,7 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     stage, folder = 'distill', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
+    claim(out, resume or overwrite or bench)
     loaded, start = load_start(folder, run)
 
     # Build the networks
@@ -244,7 +247,7 @@ if __name__ == '__main__':
     step, smooth = 0, {}
     if resumes(resume, out):
         state = load_resumed(out, stage, config)
-        same_tokens(loaded, state, out)
+        same_origin(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
         restore(nets.generator_ema, state['ema'], out, 'ema')
         restore(nets.aux, state['aux'], out, 'aux')

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, save_grid, token_data
 from common.metrics import Reference, final_table, frechet_distance, render, toy_features
@@ -30,7 +30,7 @@ from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_
                         image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
                         start_run, take_step)
-from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
+from common.teachers import copy_of, load_teacher, same_origin, teacher_file
 from model import (aux_loss, both, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
                    random_numbers, random_positions, relaxation_bias, relaxed, remask, student_sampler,
                    surrogate, teacher_passes, token_entropy)
@@ -50,6 +50,7 @@ prompts = ''           # file of prompts that these train on (.txt, .jsonl, .jso
 teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/gan.pt to the same bits
+overwrite = False      # a gan.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
 save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
@@ -215,7 +216,7 @@ class Discriminator(nn.Module):
 def make_discriminator(loaded):
     """Heads for a teacher, of random weights."""
     net = loaded.net
-    pooled = net.pooled(loaded.encode(loaded.first(1)))        # (1, C)
+    pooled = net.pooled(loaded.encode(loaded.examples(1)))        # (1, C)
     return Discriminator(net.D, net.grid, head_layers(len(net.blocks)), pooled.shape[1], disc_width, spectral)
 
 
@@ -406,7 +407,7 @@ def advice(row, first):
 def print_bias(loaded, start, out):
     """The bias of soft embeddings beside its bound, through the decoder and through the teacher's
     first block, for the teacher as a generator, the checkpoint `start`, and gan.pt where it is."""
-    net, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.first(32)
+    net, tokenizer, captions = loaded.net, loaded.tokenizer, loaded.examples(32)
     cond = loaded.encode_batch(captions)
 
     def decoder(e):
@@ -480,7 +481,7 @@ def load_start(folder, run):
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
     loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
                           prompts, teacher_grid)
-    same_tokens(loaded, start, init)
+    same_origin(loaded, start, init)
     if not loaded.data:
         raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders or of '
                          'captioned images')
@@ -498,6 +499,7 @@ if __name__ == '__main__':
     out = os.path.join(folder, f'{stage}.pt')
     if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
+    claim(out, resume or overwrite or bench or bias)
     if not w_gan and not w_dimo:
         raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
     if bias and run.world > 1:
@@ -527,7 +529,7 @@ if __name__ == '__main__':
     step, smooth = 0, {}
     if resumes(resume, out):
         state = load_resumed(out, stage, config)
-        same_tokens(loaded, state, out)
+        same_origin(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
         restore(nets.generator_ema, state['ema'], out, 'ema')
         restore(nets.aux, state['aux'], out, 'aux')
@@ -606,7 +608,7 @@ if __name__ == '__main__':
             entropy, top = token_entropy(logits)
             if w_dimo and w_gan:
                 numbers['ratio'] = smooth['grad_gan'] / smooth['grad_dimo']
-            numbers['gap'] = relaxation_gap(nets, loaded, loaded.first(250))
+            numbers['gap'] = relaxation_gap(nets, loaded, loaded.examples(250))
             row = rounded({**numbers, **smooth, 'entropy': entropy, 'max_prob': top})
             bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))

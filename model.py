@@ -30,6 +30,7 @@ out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and
 n_images = 50_000      # training images of the shapes world, encoded once; a folder is used whole
 flips = False          # also encode every image mirrored; MaskGIT and MaskBit True
 resume = False         # continue from out_dir/model.pt to the same bits
+overwrite = False      # a model.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
 save_every = 500       # steps between checkpoints and pictures
@@ -686,8 +687,8 @@ if __name__ == '__main__':
 
     import numpy as np
 
-    from common.files import (load_checkpoint, load_resumed, optimizer_states, restore, restore_optimizers, resumes,
-                              save_checkpoint)
+    from common.files import (check_origin, claim, digest_of, load_checkpoint, load_resumed, optimizer_states, restore,
+                              restore_optimizers, resumes, save_checkpoint)
     from common.images import TokenData, open_data, save_grid, token_data, word_encoder
     from common.metrics import render
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
@@ -699,15 +700,16 @@ if __name__ == '__main__':
 
     # Load the tokenizer, encode the data
     out, tokenizer_path = os.path.join(out_dir, 'model.pt'), os.path.join(out_dir, 'tokenizer.pt')
+    claim(out, resume or overwrite or bench)
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
     tokenizer = Tokenizer.from_checkpoint(packed).to(run.device)
     source = open_data(data, tokenizer.config['image_size'], n_images)
-    if packed['config']['data'] != data and run.rank == 0:
-        print(f'note: {tokenizer_path} was trained on {packed["config"]["data"]}, not on {data}')
     table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
     dataset = TokenData(table, tokenizer.N, source.words)
     words, T = list(source.words), source.caption_length
     prompt_ids = torch.from_numpy(np.array(table[:, tokenizer.N:])).short()        # (M, T)
+    origin = dict(tokenizer=tokenizer.digest(), vocabulary=digest_of(words), data=source.digest())
+    check_origin(tokenizer_path, packed, origin)
 
     # Build the network, its average and the optimizers
     torch.manual_seed(seed)
@@ -720,6 +722,7 @@ if __name__ == '__main__':
     step, smooth = 0, torch.zeros((), device=run.device)
     if resumes(resume, out):
         state = load_resumed(out, 'model', config)
+        check_origin(out, state, origin)
         restore(net, state['net'], out, 'net')
         restore(average, state['ema'], out, 'ema')
         restore_optimizers(optimizers, state['optimizers'], out)
@@ -760,7 +763,7 @@ if __name__ == '__main__':
         ending = step >= steps or stop.now(step, run.device)
         if run.rank == 0 and (step % save_every == 0 or ending):
             if step:
-                state = dict(stage='model', step=step, config=config, smooth=smooth)
+                state = dict(stage='model', step=step, config=config, origin=origin, smooth=smooth)
                 state.update(args=net.config, words=words, data=data, prompts=prompt_ids)
                 state.update(net=net.state_dict(), ema=average.state_dict(), tokenizer=tokenizer.pack())
                 state.update(optimizers=optimizer_states(optimizers))

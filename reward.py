@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import save_grid
 from common.metrics import final_table, render
@@ -30,7 +30,7 @@ from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configu
                         make_optimizers, micro_rng, millions, out_folder, progress, rate_law,
                         report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
-from common.teachers import copy_of, load_teacher, same_tokens, teacher_file
+from common.teachers import copy_of, load_teacher, same_origin, teacher_file
 from model import (aux_loss, dimo_grad, draw_tokens, guided_logits, jeffreys, teacher_sampler, relaxed,
                    remask, start_embedding, student_sampler, surrogate, teacher_passes, token_entropy)
 
@@ -48,6 +48,7 @@ prompts = ''           # file of prompts that these train on (.txt, .jsonl, .jso
 teacher_grid = 0       # tokens a side of a Meissonic, which its file does not tell; 0 = as published
 teacher_ckpt = ''      # another teacher of ours than the model.pt beside the generator
 resume = False         # continue from out_dir/reward.pt to the same bits
+overwrite = False      # a reward.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
 save_every = 100       # steps between checkpoints, sample grids and measurements of 500 images
@@ -287,7 +288,7 @@ def load_start(folder, run):
                          'as in --w_clip=0 --w_hps=5 --held_out=pick')
     loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
                           prompts, teacher_grid)
-    same_tokens(loaded, start, init)
+    same_origin(loaded, start, init)
     world_file = os.path.join(folder, 'rewards.pt')
     if needs_small_rewards(globals()):
         make_rewards(world_file, loaded, globals(), run)
@@ -307,6 +308,7 @@ if __name__ == '__main__':
     out = os.path.join(folder, f'{stage}.pt')
     if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
+    claim(out, resume or overwrite or bench)
     loaded, start = load_start(folder, run)
 
     # Build the networks
@@ -327,7 +329,7 @@ if __name__ == '__main__':
     history, best = [], {}                             # measurements; the average at its best one
     if resumes(resume, out):
         state = load_resumed(out, stage, config)
-        same_tokens(loaded, state, out)
+        same_origin(loaded, state, out)
         restore(nets.generator, state['net'], out, 'net')
         restore(nets.generator_ema, state['average'], out, 'average')
         restore(nets.aux, state['aux'], out, 'aux')

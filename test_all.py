@@ -1205,7 +1205,7 @@ def test_each_update_alone_moves_its_network_the_right_way(tmp_path):
     folder = ready_for('distill.py', tmp_path)
     networks = {}
     for part, off in (('net', 'aux'), ('aux', 'generator')):  # train one, leave the other as it is
-        must_run(f'distill.py --out_dir={folder} --{off}_lr=0 --{off}_muon=0 --warmup=0 --cfg_scale=3 '
+        must_run(f'distill.py --out_dir={folder} --overwrite --{off}_lr=0 --{off}_muon=0 --warmup=0 --cfg_scale=3 '
                  '--tau=0.05 --steps=20 --teacher_steps=1')
         networks[part] = network_of(saved(folder, 'distill'), part)
     start = saved(folder, 'model')
@@ -1290,7 +1290,7 @@ def test_compiled_networks_give_the_same_log(tmp_path):
     folder = ready_for('distill.py', f'{tmp_path}/out')
     logs = []
     for choice in ('false', 'true'):
-        must_run(f'distill.py --out_dir={folder} --compile={choice} --steps=4 --teacher_steps=1',
+        must_run(f'distill.py --out_dir={folder} --overwrite --compile={choice} --steps=4 --teacher_steps=1',
                  before=PRECISION.format(False))
         logs.append(log_of(folder, 'distill'))
     assert len(logs[0]) == 2
@@ -1411,7 +1411,7 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
         lines = pathlib.Path(f'{tmp_path}/{label}/captions.txt').read_text()
         assert lines == '00000.png\tzero\n00001.png\tzero\n'
     must_refuse(f'{ask} --label=two', words='one, zero')
-    must_refuse(f'distill.py --out_dir={folder}', words='was trained on')
+    must_refuse(f'distill.py --out_dir={folder} --data=shapes --overwrite', words='was trained on')
     os.rename(data, f'{tmp_path}/moved')
     text = must_run(f'distill.py --teacher_ckpt={folder}/model.pt --data={tmp_path}/moved --steps=1 '
                     f'--out_dir={tmp_path}/again')
@@ -1464,6 +1464,31 @@ def test_a_run_killed_or_stopped_and_resumed_equals_an_uninterrupted_one_bit_for
         log = log_of(folder, stage)
         assert log == log_of(whole, stage)
         assert len(log) == a['step'] // 2
+
+
+def test_nobody_continues_or_builds_on_something_else_in_silence(tmp_path):
+    folder = ready_for('distill.py', tmp_path)
+    os.remove(f'{folder}/tokenizer.pt')
+    must_run(f'tokenizer.py --out_dir={folder} --seed=1')
+    other = 'made with a tokenizer other than the present one'
+    must_refuse(f'model.py --out_dir={folder} --resume', words=other)
+    must_refuse(f'distill.py --out_dir={folder}', words=other)
+    teacher = f'--teacher_ckpt={folder}/model.pt'
+    must_refuse(f'distill.py --out_dir={folder}/open --data=shapes-open {teacher}', words='trained on shapes, not on')
+
+
+def test_a_run_never_replaces_the_checkpoint_of_another_unasked(tmp_path):
+    whole = tiny_run()[0]
+    for script in SCRIPTS:
+        stage = script[:-3]
+        folder = ready_for(script, f'{tmp_path}/{stage}')
+        for name in (f'{stage}.pt', f'{stage}.log.jsonl'):
+            shutil.copyfile(f'{whole}/{name}', f'{folder}/{name}')
+        must_refuse(f'{script} --out_dir={folder} --steps=3', words='--resume')
+        same(saved(folder, stage), saved(whole, stage))
+        assert log_of(folder, stage) == log_of(whole, stage)
+    must_run(f'reward.py --out_dir={folder} --steps=3 --overwrite')
+    assert saved(folder, stage)['step'] == 3
 
 
 def test_every_stage_runs_in_float32_and_in_bfloat16(tmp_path):
@@ -1806,11 +1831,11 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
         f'distill.py --teacher=maskgit {to_folder}': '--teacher=maskgit needs --teacher_path=FILE',
         f'gan.py {to_folder}': 'distill.pt: no such checkpoint',
         f'gan.py --init={done}/model.pt': 'expected distill or gan or reward',
-        f'gan.py --w_gan=0 --w_dimo=0 {to_done}': 'leave nothing to learn',
+        f'gan.py --w_gan=0 --w_dimo=0 --overwrite {to_done}': 'leave nothing to learn',
         'tokenizer.py --ch_mult=1,1,1,1,1,1,1': 'image_size 32 is not a multiple of 64',
         'tokenizer.py --ch_mult=0,1': 'a level without channels',
         'tokenizer.py --lr=-1': '--lr=-1.0 cannot be, expected at least 0',
-        f'model.py --n_head=5 {to_folder}': 'not a multiple of n_head',
+        f'model.py --n_head=5 --overwrite {to_folder}': 'not a multiple of n_head',
         f'model.py --lr=-1 {to_folder}': '--lr=-1.0 cannot be, expected at least 0',
         f'{teacher} {purple}': "unknown word 'purple'",
         f'{teacher} --label=cat': '--prompt',
@@ -1819,8 +1844,8 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
         f'{teacher} --metrics --prompt "a circle"': 'leave out --prompt',
         f'{student} --steps=4': 'is a one-step generator',
         f'{student} --sweep': 'is a one-step generator',
-        f'reward.py --w_clip=0 {to_done}': 'every reward has weight 0',
-        f'reward.py --reward_steps=4 {to_done}': 'rewards.pt: made in 3 steps',
+        f'reward.py --w_clip=0 --overwrite {to_done}': 'every reward has weight 0',
+        f'reward.py --reward_steps=4 --overwrite {to_done}': 'rewards.pt: made in 3 steps',
         f'reward.py --init={done}/reward.pt {to_done}': 'would be overwritten',
         f'{rewarded} {purple}': "unknown word 'purple'",
         f'{rewarded} --w_clip=0': 'every reward has weight 0',

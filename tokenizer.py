@@ -25,6 +25,7 @@ import torch.nn.functional as F
 data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders or of captioned images
 out_dir = 'out'        # tokenizer.pt, its log and its pictures go here
 resume = False         # continue from out_dir/tokenizer.pt to the same bits
+overwrite = False      # a tokenizer.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 20         # steps between log lines
 save_every = 200       # steps between checkpoints and pictures
@@ -250,7 +251,7 @@ class Tokenizer(nn.Module):
 
     def digest(self):
         """What its tokens mean, in a word: hash of the weights."""
-        return hash_of_weights(self)
+        return hash_of_weights(self.state_dict())
 
     def pack(self):
         """What a checkpoint stores: a small tokenizer itself, of a published one where it is."""
@@ -293,10 +294,12 @@ def nearest_row(z, table):
         return distance.argmin(-1)
 
 
-def hash_of_weights(network):
+def hash_of_weights(weights):
+    """A digest of {name: tensor}."""
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -364,7 +367,8 @@ def spread_out(z, k, rng, taken, near=0.0):
 if __name__ == '__main__':
     import os
 
-    from common.files import load_resumed, restore, restore_optimizers, resumes, save_checkpoint
+    from common.files import (check_origin, claim, load_resumed, restore, restore_optimizers, resumes,
+                              save_checkpoint)
     from common.images import decode_images, encode_images, open_data, save_grid
     from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, progress,
                             report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
@@ -372,7 +376,9 @@ if __name__ == '__main__':
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
     out = os.path.join(out_dir, 'tokenizer.pt')
+    claim(out, resume or overwrite or bench)
     source = open_data(data, image_size)
+    origin = dict(data=source.digest())
     free_steps = max(1, min(warmup_free, steps // 2))          # short runs get a codebook too
 
     # Build the network and its optimizer
@@ -383,6 +389,7 @@ if __name__ == '__main__':
     usage, step = torch.zeros(n_codes, device=run.device), 0
     if resumes(resume, out):
         state = load_resumed(out, 'tokenizer', config)
+        check_origin(out, state, origin)
         restore(net, state['net'], out, 'net')
         restore_optimizers(dict(net=[optimizer]), [state['optimizer']], out)
         usage, step = state['usage'].to(run.device), state['step']
@@ -458,7 +465,7 @@ if __name__ == '__main__':
             usage /= run.world
         if run.rank == 0 and (step % save_every == 0 or ending):
             if step:
-                state = dict(stage='tokenizer', step=step, config=config, args=net.config, usage=usage)
+                state = dict(stage='tokenizer', step=step, config=config, origin=origin, args=net.config, usage=usage)
                 state.update(net=net.state_dict(), optimizer=optimizer.state_dict())
                 save_checkpoint(out, state)
             with torch.no_grad():

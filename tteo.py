@@ -23,9 +23,9 @@ import time
 import numpy as np
 import torch
 
-from common.files import load_checkpoint, settings_of
+from common.files import check_origin, load_checkpoint, settings_of
 from common.images import save_curve, save_grid
-from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum
+from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum, small_reward_origin
 from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, writing)
 from common.teachers import unpack
 from model import relaxed, start_embedding
@@ -261,9 +261,8 @@ def check_small_rewards(world_file, loaded):
     if not loaded.data:
         raise ValueError(f'{ckpt}: was made without data, so there are no small reward models; use published ones, as '
                          'in --w_clip=0 --w_hps=5 --held_out=none')
-    made_for = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)['words']
-    if made_for != list(loaded.source.words):
-        raise ValueError(f'{world_file}: made for other words than {ckpt}; give a generator its own folder')
+    made = load_checkpoint(world_file, 'rewards', 'Make it with: python reward.py', fallback=True)
+    check_origin(world_file, made, small_reward_origin(loaded))
 
 
 def handed_on(settings):

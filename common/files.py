@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import glob
+import hashlib
 import json
 import math
 import mmap
@@ -149,6 +150,14 @@ def settings_of(path, keys):
     return made
 
 
+def claim(path, may_be_there):
+    """Raise ValueError where a run would replace the checkpoint of another: only --resume,
+    --overwrite and --bench, which writes nothing, may find one."""
+    if exists(path) and not may_be_there:
+        raise ValueError(f'{path} is there already and would be replaced; continue it with --resume, keep it with '
+                         'another --out_dir, or replace it with --overwrite')
+
+
 def resumes(resume, path):
     """Is there something that --resume continues? Without it the run starts, with a note."""
     if resume and not exists(path) and is_rank0():
@@ -163,7 +172,7 @@ def load_resumed(path, stage, config):
     other = []
     for key, value in config.items():
         before = state['config'].get(key, value)
-        if before != value and key not in ('resume', 'bench', 'out_dir'):
+        if before != value and key not in ('resume', 'overwrite', 'bench', 'out_dir'):
             other.append(f'--{key}={value} (it had {before})')
     if other and is_rank0():
         print(f'note: {path} continues with {", ".join(other)}')
@@ -198,6 +207,33 @@ def restore_optimizers(optimizers, states, path):
     except ValueError as error:
         raise ValueError(f'{path}: its optimizers do not fit ({error}); resume with the settings of Muon and of frozen '
                          'tables that it was made with') from None
+
+
+# -----------------------------------------------------------------------------
+# What a checkpoint was made from: its `origin`, {part: digest}
+
+MEANING = {'tokenizer': 'tokens', 'vocabulary': 'word numbers'}       # with another they mean something else
+CHOICES = {'data': 'other images', 'teacher': 'another teacher'}
+
+
+def digest_of(value):
+    """A digest of strings and numbers in plain containers."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def check_origin(path, state, now):
+    """Compare what the checkpoint `state` at `path` was made from with what is there `now`, {part:
+    digest}: tokenizer, vocabulary, data, teacher. With another tokenizer or vocabulary its numbers
+    mean something else: ValueError. Other images, or another teacher, are a choice: a note.
+    """
+    before = state.get('origin', {})
+    other = [part for part in before if before[part] != now.get(part, before[part])]
+    for part in other:
+        if part in MEANING:
+            raise ValueError(f'{path}: was made with a {part} other than the present one, so its {MEANING[part]} mean '
+                             'something else; give what it was made with, or start anew with another --out_dir')
+        if is_rank0():
+            print(f'note: {path} was made with {CHOICES[part]}')
 
 
 # -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ more class with these members (and two lines in `open_data`):
     bad, is_bad(i)          {path: reason} of the files that could not be read; is image i of them?
     key()                   a list, fit for JSON, that changes whenever an image does; it names the
                             token cache
+    digest()                what a checkpoint stores to tell these images from others
 
     examples(n)             indices of at most n images over all classes, to look at; held out from
                             training where something is
@@ -55,6 +56,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from common.files import digest_of
 from common.run import is_rank0, meet, progress, writing
 from common.world import WORLDS, Shapes
 
@@ -194,6 +196,9 @@ class Folder:
             status = os.stat(path)
             key.append([path, status.st_size, status.st_mtime_ns])
         return key
+
+    def digest(self):
+        return digest_of(self.key())
 
     def examples(self, n):
         """Files lie class by class, so equal steps visit all classes. Nothing is held out."""

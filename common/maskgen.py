@@ -431,7 +431,7 @@ class TATiTok(nn.Module):
 
     def digest(self):
         """What its tokens mean, in a word: hash of the weights."""
-        return hash_of_weights(self)
+        return hash_of_weights(self.state_dict())
 
     def pack(self):
         """What a checkpoint stores: a small tokenizer itself, of a published one where it is."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import load_checkpoint, open_hub, read_published, restore, save_checkpoint
+from common.files import check_origin, digest_of, load_checkpoint, open_hub, read_published, restore, save_checkpoint
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.run import cosine_law, meet, progress, rng_for
@@ -671,26 +671,31 @@ SMALL_REWARDS = {'clip': 'conv', 'held_out': 'patch'}  # the optimised one, and 
 REWARD_SETTINGS = ('seed', 'reward_steps', 'reward_batch', 'reward_lr', 'n_wrong')
 
 
+def small_reward_origin(loaded):
+    """What they are made from, for `check_origin`."""
+    return dict(vocabulary=digest_of(list(loaded.source.words)), data=loaded.source.digest())
+
+
 def make_rewards(path, loaded, settings, run):
     """Train the two small reward models, the optimised one and the held-out one, where `path` is
     missing; raise ValueError where it was made for something else. All processes must call this."""
     source = loaded.source
     words = list(source.words)
+    origin = small_reward_origin(loaded)
     if run.rank == 0 and not os.path.exists(path):
         print(f'{path} is missing: training two small reward models, expected 2 minutes on 2 CPU cores')
         config = {key: settings[key] for key in REWARD_SETTINGS}
-        state = dict(stage='rewards', step=settings['reward_steps'], config=config, words=words, data=loaded.data, args={})
+        state = dict(stage='rewards', step=settings['reward_steps'], config=config, words=words, origin=origin, args={})
         for part, (name, kind) in enumerate(SMALL_REWARDS.items()):
             net = train_reward(kind, source, loaded.tokenizer, words, source.caption_length, part, run.device, config)
             state['args'][name], state[name] = net.config, net.state_dict()
         save_checkpoint(path, state)
     meet()
     made = load_checkpoint(path, 'rewards', fallback=True)
-    wanted = loaded.data, settings['reward_steps'], words
-    if (made.get('data'), made['step'], made['words']) != wanted:
-        raise ValueError(f'{path}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} words), '
-                         f'expected {settings["reward_steps"]} for {loaded.data} ({len(words)}); delete it, or '
-                         'choose another --out_dir')
+    check_origin(path, made, origin)
+    if made['step'] != settings['reward_steps']:
+        raise ValueError(f'{path}: made in {made["step"]} steps, expected --reward_steps={settings["reward_steps"]}; '
+                         'delete it, or choose another --out_dir')
 
 
 JUDGED_AT_ONCE = 250    # images per pass of the reward models

@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import (count_numbers, exists, fill, found_numbers, load_checkpoint, read_published, restore, seeded,
-                          shape_of)
+from common.files import (check_origin, count_numbers, digest_of, exists, fill, found_numbers, load_checkpoint,
+                          read_published, restore, seeded, shape_of)
 from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
@@ -23,9 +23,10 @@ from common.run import HERE
 from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS
 from model import MDM
-from tokenizer import Tokenizer, bit_rows
+from tokenizer import Tokenizer, bit_rows, hash_of_weights
 
 KINDS = ('maskgit', 'maskbit', 'maskgen', 'meissonic')
+CLASS_KINDS = ('maskgit', 'maskbit')
 TEXT_KINDS = ('maskgen', 'meissonic')
 NETWORKS = {'maskgen': MaskGen, 'meissonic': Meissonic}        # the others are settings of MDM
 RANDOM = ('random', 'random-xl')                               # paths that stand for random weights
@@ -59,18 +60,35 @@ class Teacher:
     else []; config, its own settings.
     """
 
-    def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None):
+    def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None,
+                 encoder=None):
         self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
         self.encode_batch = encode_batch or encode
         self.prompts, self.packed_prompts = prompts, packed_prompts
         self.data, self.words, self.config = data, words, config
         self.device = next(net.parameters()).device
         self.classes = words if net.config.get('T') == 1 else []
+        self.encoder = encoder                                 # of text; None where words have numbers
 
     @functools.cached_property
     def source(self):
         """Images like those that it was trained on (see common/images.py)."""
         return open_data(self.data, self.tokenizer.config['image_size'], expected=self.words)
+
+    @functools.cached_property
+    def origin(self):
+        """What the checkpoints of a stage are made from, for `check_origin`."""
+        if self.encoder:
+            vocabulary = hash_of_weights(self.encoder.weights())
+        elif self.kind in CLASS_KINDS:
+            vocabulary = digest_of(len(self.words))            # in their published order, named or not
+        else:
+            vocabulary = digest_of(self.words)
+        teacher = hash_of_weights(dict(self.net.named_parameters()))
+        origin = dict(tokenizer=self.tokenizer.digest(), vocabulary=vocabulary, teacher=teacher)
+        if self.data:
+            origin['data'] = self.source.digest()
+        return origin
 
     def examples(self, n):
         """n of the prompts, spread over all of them."""
@@ -82,7 +100,7 @@ class Teacher:
 
     def pack(self):
         """What the checkpoint of any stage stores of it, beside weights."""
-        return dict(kind=self.kind, args=self.net.config, words=self.words, data=self.data,
+        return dict(kind=self.kind, args=self.net.config, words=self.words, data=self.data, origin=self.origin,
                     prompts=self.packed_prompts, tokenizer=self.tokenizer.pack())
 
 
@@ -122,7 +140,7 @@ def text_teacher(kind, net, tokenizer, encoder, prompts, data, config, device):
     net.null_words.copy_(words)
     net.null_pooled.copy_(pooled)
     packed = prompts.pack() if hasattr(prompts, 'pack') else dict(path='', digest='', first=list(prompts[:256]))
-    return Teacher(kind, net, tokenizer.to(device), encode, prompts, packed, data, None, config, encode_batch)
+    return Teacher(kind, net, tokenizer.to(device), encode, prompts, packed, data, None, config, encode_batch, encoder)
 
 
 def unpack_tokenizer(saved, path=''):
@@ -160,8 +178,13 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu',
     if kind == 'ours':
         state = load_checkpoint(path, 'model', 'Train it with: python model.py, or say where it is: --teacher_ckpt=FILE',
                                 fallback=True)
-        state['data'] = folder or state['data']                # which may have moved
-        return unpack(state, device, path=path)
+        if data in WORLDS and data != state['data']:
+            raise ValueError(f'{path} was trained on {state["data"]}, not on {data}; leave --data out, or give each '
+                             'data set a folder of its own with --out_dir')
+        state['data'] = data or state['data']                  # a folder may have moved
+        loaded = unpack(state, device, path=path)
+        check_origin(path, state, dict(data=loaded.source.digest()))
+        return loaded
     net, tokenizer = published_pair(kind, path, tokenizer_path, n_head, grid)
     if kind in TEXT_KINDS:
         if not text_path and path in RANDOM:
@@ -247,17 +270,17 @@ def copy_of(net, weights, path, trained=False, frozen_tables=False, checkpointin
     return copied
 
 
-def same_tokens(loaded, state, path):
-    """Raise ValueError unless a teacher and a checkpoint speak of the same tokens, one tokenizer,
-    and read the same prompts where these come from a file."""
-    ours, theirs = loaded.tokenizer.pack(), state['tokenizer']
-    same = all(ours.get(key) == theirs.get(key) for key in ('kind', 'args', 'digest'))
-    if same:
-        for key, value in ours.get('net', {}).items():
-            same = same and torch.equal(value.cpu(), theirs['net'][key])
-    if not same:
-        raise ValueError(f'the teacher and {path} have different tokenizers, so their tokens do not mean the same; '
-                         'give the teacher of that generator with --teacher_ckpt=...')
+def packed_digest(saved):
+    """The digest of a tokenizer as `pack` stores it: a published one's is beside its path."""
+    return saved['digest'] if 'kind' in saved else hash_of_weights(saved['net'])
+
+
+def same_origin(loaded, state, path):
+    """Raise ValueError unless a teacher and the checkpoint of a stage speak of the same tokens and
+    words, and of the same prompts where these come from a file; a note where another teacher, or
+    one of other images, made it."""
+    origin = dict(state.get('origin', {}), tokenizer=packed_digest(state['tokenizer']))
+    check_origin(path, dict(origin=origin), loaded.origin)
     if isinstance(state.get('prompts'), dict):             # those of a file
         same_prompts(loaded.packed_prompts, state['prompts'])
 
@@ -280,17 +303,24 @@ def teacher_file(teacher, teacher_path, teacher_ckpt, folder, start=''):
 
 def train_missing(data, folder, seed):
     """Train tokenizer and teacher of the demo in `folder` if they are missing, or finish them if
-    interrupted."""
-    if is_done(saved_stage('model', data, folder)):            # it holds its tokenizer
+    interrupted. data '' is what the one that is there was trained on, else the shapes world. Raises
+    ValueError for other data, and where the tokenizer there is not the teacher's."""
+    tokenizer, made = saved_stage('tokenizer', data, folder), saved_stage('model', data, folder)
+    if is_done(made):
+        if tokenizer:
+            present = dict(tokenizer=packed_digest(tokenizer))
+            check_origin(os.path.join(folder, 'model.pt'), made, present)
         return
     for script, minutes in (('tokenizer', 3), ('model', 4)):
         state = saved_stage(script, data, folder)
+        if state:
+            data = state['config']['data']
         if is_done(state):
             continue
         path = os.path.join(folder, f'{script}.pt')
         print(f'{path} is {"unfinished" if state else "missing"}: running {script}.py first, expected '
               f'{minutes} minutes on 2 CPU cores', flush=True)
-        settings = dict(data=data, seed=seed)
+        settings = dict(data=data or 'shapes', seed=seed)
         if state:
             settings = {**state['config'], 'resume': True}
         run_script(script, {**settings, 'out_dir': folder})
@@ -300,13 +330,13 @@ def train_missing(data, folder, seed):
 
 def saved_stage(script, data, folder):
     """The checkpoint of tokenizer.py or model.py in `folder`, None if there is none. ValueError for
-    other data."""
+    other data than `data`, where that is not ''."""
     path = os.path.join(folder, f'{script}.pt')
     if not exists(path):
         return None
     state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True)
     made_for = state['config']['data']
-    if made_for != data:
+    if data not in ('', made_for):
         raise ValueError(f'{path} was trained on {made_for}, not on {data}; give each data set a folder of its own, '
                          f'--out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
                          f'--teacher_ckpt={folder}/model.pt')

@@ -32,13 +32,13 @@ import sample
 import tokenizer
 import tteo
 from common import metrics, rewards, world
-from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
+from common.files import (check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
                         micro_rng, out_folder, report_bench, report_error, setting_names,
                         split_batch, wanted_instead)
-from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, same_tokens, train_missing
+from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, word_teacher
 from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
                             must_refuse, must_run, near, picture_folder, printed, published,
                             ready_for, rng, same, small_model, small_tokenizer, tiny_clip, tiny_run,
@@ -496,7 +496,7 @@ def test_codes_without_use_or_beside_a_busier_one_move_and_no_others(tmp_path):
     expected = {0.0: [3], 1e9: list(range(31))}            # how often: 3 2 1 0 1 ... 28
     for apart, codes in expected.items():
         must_run('tokenizer.py', f'--out_dir={tmp_path}', '--lr=0', '--steps=52', '--save_every=49',
-                 f'--apart={apart}', before=CHOSEN)
+                 '--overwrite', f'--apart={apart}', before=CHOSEN)
         before = torch.load(f'{tmp_path}/tokenizer.prev.pt')['net']    # of step 49
         after = torch.load(f'{tmp_path}/tokenizer.pt')['net']          # of step 52
         moved = (before.pop('codebook.weight') != after.pop('codebook.weight')).any(1)
@@ -505,7 +505,7 @@ def test_codes_without_use_or_beside_a_busier_one_move_and_no_others(tmp_path):
 
 
 def test_tokenizer_trains_on_images_that_are_not_held_out_with_the_weight_on_the_commitment(tmp_path):
-    text = must_run('tokenizer.py', '--commitment=0', '--steps=8', f'--out_dir={tmp_path}',
+    text = must_run('tokenizer.py', '--overwrite', '--commitment=0', '--steps=8', f'--out_dir={tmp_path}',
                     before=DRAWN)
     calls = re.findall(r'drawn (\d+) (\d+) (\d+)', text)
     trained = [(int(first), int(last)) for n, first, last in calls if n == '8']
@@ -1017,16 +1017,35 @@ def test_sizes_that_one_published_file_leaves_open_are_read_off_the_other(tmp_pa
         assert Tokenizer.from_checkpoint(found.pack()['tokenizer']).S == 1
 
 
-def test_a_teacher_and_a_generator_must_share_their_tokenizer():
-    loaded = SimpleNamespace(tokenizer=small_tokenizer())
-    state = dict(tokenizer=small_tokenizer().pack())
-    same_tokens(loaded, state, 'y.pt')
-    weights = {key: value + 1 for key, value in state['tokenizer']['net'].items()}
-    state['tokenizer']['net'] = weights
-    with exits_with('teacher and y.pt', '--teacher_ckpt'):
-        same_tokens(loaded, state, 'y.pt')
-    with exits_with('different tokenizers'):
-        same_tokens(loaded, dict(tokenizer=dict(kind='maskgit')), 'y.pt')
+def test_what_a_checkpoint_was_made_from_is_compared_part_by_part():
+    made = dict(tokenizer='t', vocabulary='v', data='d', teacher='n')
+    refused = {'tokenizer': 'tokens mean something else', 'vocabulary': 'word numbers mean something else'}
+    said = {'data': 'other images', 'teacher': 'another teacher'}
+    for part in made:
+        now = dict(made, **{part: 'another'})
+        if part in refused:
+            with exits_with('x.pt', part, refused[part], '--out_dir'):
+                check_origin('x.pt', dict(origin=made), now)
+        else:
+            assert printed(check_origin, 'x.pt', dict(origin=made), now) == f'note: x.pt was made with {said[part]}\n'
+        without = {other: made[other] for other in made if other != part}
+        assert printed(check_origin, 'x.pt', dict(origin=made), without) == ''     # nothing to compare
+    assert printed(check_origin, 'x.pt', dict(origin=made), dict(made)) == ''
+    assert printed(check_origin, 'x.pt', dict(), made) == ''                       # of an earlier version
+
+
+def test_a_teacher_knows_what_its_stages_are_made_from():
+    other_net = small_model()
+    other_net.bias.data += 1
+    origins = []
+    for net, words in ((small_model(), 'abcde'), (other_net, 'abcde'), (small_model(), 'abcdf')):
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        teacher = word_teacher('ours', net, small_tokenizer(), list(words), ids, '', {}, 'cpu')
+        origins.append(teacher.origin)
+    first, with_other_net, with_other_words = origins
+    assert first.keys() == {'tokenizer', 'vocabulary', 'teacher'}                  # nothing is known of its data
+    assert with_other_net == dict(first, teacher=with_other_net['teacher']) != first
+    assert with_other_words == dict(first, vocabulary=with_other_words['vocabulary']) != first
 
 
 def test_published_tokenizers_are_told_apart_by_their_weights(tmp_path):
@@ -1037,22 +1056,18 @@ def test_published_tokenizers_are_told_apart_by_their_weights(tmp_path):
         torch.nn.init.constant_(made.decoder.conv_out.weight, k)
         torch.save(published(made, 'maskbit'), path)       # the second replaces the first
         found.append(Tokenizer.from_pretrained('maskbit', path, made.grid))
-    first = dict(tokenizer=found[0].pack())
-    second = dict(tokenizer=found[1].pack())
-    loaded = SimpleNamespace(tokenizer=found[1])
-    same_tokens(loaded, second, 'y.pt')
-    with exits_with('different tokenizers'):
-        same_tokens(loaded, first, 'y.pt')
-    Tokenizer.from_checkpoint(second['tokenizer'])
+    first, second = found
+    assert first.digest() != second.digest()
+    Tokenizer.from_checkpoint(second.pack())
     with exits_with('other weights', '--tokenizer_path'):
-        Tokenizer.from_checkpoint(first['tokenizer'])
+        Tokenizer.from_checkpoint(first.pack())
 
 
 def save_stage(folder, script, step, **more):
     """A checkpoint of tokenizer.py or model.py as a run of 5 steps leaves it."""
     config = dict(steps=5, data='shapes', **more)
     path = f'{folder}/{script}.pt'
-    save_checkpoint(path, dict(stage=script, step=step, config=config))
+    save_checkpoint(path, dict(stage=script, step=step, config=config, net={}))
     return path
 
 
@@ -1080,8 +1095,9 @@ def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
         command = [f'{HERE}/model.py', '--steps=5', '--data=shapes', '--D=32', '--resume=True',
                    f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
+        save_stage(tmp_path, 'tokenizer', 5)
         save_stage(tmp_path, 'model', 5)
-        assert printed(train_missing, 'shapes', tmp_path, 7) == ''     # it holds its tokenizer
+        assert printed(train_missing, '', tmp_path, 7) == ''       # it holds its tokenizer
         assert launched.call_count == 1
 
 
@@ -1420,7 +1436,7 @@ def test_resuming_with_another_tokenizer_is_refused(tmp_path):
         weights = state['tokenizer']['net']
         state['tokenizer']['net'] = {key: value + 1 for key, value in weights.items()}
         torch.save(state, f'{folder}/{script}.pt')
-        must_refuse(f'{script}.py', f'--out_dir={folder}', '--resume', words='different tokenizers')
+        must_refuse(f'{script}.py', f'--out_dir={folder}', '--resume', words='a tokenizer other than')
 
 
 class Bomb:

@@ -347,6 +347,10 @@ class TextEncoder:
 
     __call__ = encode
 
+    def weights(self):
+        """What its conditions depend on: {name: tensor}."""
+        return dict(self.tower.named_parameters())
+
     def remembered(self, caption):
         """One prompt, encoded alone: words (1, T, C), pooled (1, P), guide (1, T, C)."""
         if caption not in self.known:
@@ -363,6 +367,9 @@ class RandomText:
 
     def __init__(self, T, C, P, device):
         self.T, self.C, self.P, self.device = T, C, P, device
+
+    def weights(self):
+        return {}
 
     def encode(self, captions, training=False):
         words, pooled = [], []
