@@ -372,7 +372,7 @@ if __name__ == '__main__':
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
     out = os.path.join(out_dir, 'tokenizer.pt')
-    source = open_data(data, image_size)
+    source = open_data(data, image_size, out_dir=out_dir)
     free_steps = max(1, min(warmup_free, steps // 2))          # short runs get a codebook too
 
     # Build the network and its optimizer
@@ -487,7 +487,7 @@ if __name__ == '__main__':
 
     # Measure
     if run.rank == 0:
-        held, captions = source.batch(source.examples(2000))
+        held, captions = source.batch(source.readable(source.examples(2000), 2000))
         ids = encode_images(net, held)
         again = decode_images(net, ids, captions)
         counts = torch.bincount(ids.flatten().cpu(), minlength=n_codes)

@@ -563,7 +563,7 @@ def test_token_cache_follows_the_captions_and_gives_them_back(tmp_path):
     for flips in (False, True):
         source, dataset = encoded(flips)
         data = I.TokenData(dataset, 16, source)
-        captions = source.captions(data.images_of(np.arange(len(data))))
+        captions = data.captions_of(np.arange(len(data)))
         assert len(set(captions)) == 11
         assert len(captions) == (22 if flips else 11)
         assert captions[-1] == 'A blue square, number-11!'
