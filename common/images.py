@@ -910,6 +910,8 @@ def token_data(source, tokenizer, folder, device, batch=256, flips=False):
     if not os.path.exists(path):             # for all processes alike: it appears after they met
         tokenizer.to(device)
         note_other_caches(folder)
+        if flips:
+            note_mirrored(source)
         create_table(source, tokenizer, path, flips)
         meet()
         fill_table(source, tokenizer, path, batch, flips)
@@ -935,6 +937,17 @@ def note_other_caches(folder):
         names = ', '.join(os.path.basename(path) for path in sorted(paths)[:3])
         say(f'note: {folder} holds {len(paths)} token caches of other images, another tokenizer or '
             f'other --flips ({names}: {megabytes:.1f} MB); delete those that you no longer need')
+
+
+def note_mirrored(source):
+    """Say that captions change in a mirror, if they do."""
+    changed = []
+    for caption in source.captions(range(source.length)):
+        if source.mirrored(caption) != caption:
+            changed.append(caption)
+    if changed:
+        say(f'note: --flips: left and right are exchanged in the captions of {len(changed)} mirror '
+            f'images, such as {textwrap.shorten(changed[0], 60)!r}')
 
 
 def id_type(n):
@@ -1073,9 +1086,9 @@ class TokenData:
         """A random micro-batch -> tokens (B, N), captions, whole ones: ids have lost rare words."""
         rows = self.draw_rows(run, rng)
         tokens, _ = self.read(rows, run.device)
-        return tokens, self.captions_of(rows)
+        return tokens, self.captions_at(rows)
 
-    def captions_of(self, rows):
+    def captions_at(self, rows):
         """The whole captions of rows (B,), of mirror images mirrored."""
         numbers = self.images_of(rows)
         captions = self.source.captions(np.maximum(numbers, -1 - numbers))
