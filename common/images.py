@@ -52,6 +52,7 @@ import textwrap
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -288,8 +289,8 @@ class Folder:
         """Of the names and contents of all files."""
         paths = [path for path, caption in self.files]
         total = hashlib.sha256()
-        with ThreadPoolExecutor(READERS) as pool:
-            for path, digest in zip(paths, pool.map(digest_of, paths)):
+        with ThreadPool(READERS) as pool:                      # which queues no million of jobs
+            for path, digest in zip(paths, pool.imap(digest_of, paths, chunksize=64)):
                 total.update(json.dumps([below(path, self.root), digest]).encode())
         return total.hexdigest()
 
@@ -511,9 +512,7 @@ def read_image(path, size, white=None):
 def upright(image):
     """A PIL image turned as its EXIF orientation asks. Metadata that cannot be read turn nothing:
     they never cost an image."""
-    with contextlib.suppress(Exception):                       # a TIFF looks at them here
-        image.load()
-    image.load()                                               # raises if the pixels are bad
+    image.load()                                               # once: twice would take bad pixels
     with contextlib.suppress(Exception):
         return image.transpose(TURNS[image.getexif()[ORIENTATION]])
     return image

@@ -836,6 +836,10 @@ def test_metadata_never_cost_an_image(tmp_path):
                 warnings.simplefilter('ignore')
                 seen = I.read_image(path, 16)
             assert np.array_equal(seen, np.rot90(upright, -1)), (compression, kind)
+    content = content[:60] + b'\xff' * 40 + content[100:]         # pixels that LZW cannot read
+    write(path, content)
+    with exits_with('decoder error'):
+        I.read_image(path, 16)
     text = PngImagePlugin.PngInfo()
     text.add_text('workflow', 'x' * 3_000_000, zip=True)
     image.save(f'{tmp_path}/text.png', pnginfo=text)
