@@ -689,7 +689,7 @@ if __name__ == '__main__':
 
     from common.files import (check_origin, claim, digest_of, load_checkpoint, load_resumed, optimizer_states, restore,
                               restore_optimizers, resumes, save_checkpoint)
-    from common.images import TokenData, open_data, save_grid, token_data, word_encoder
+    from common.images import TokenData, id_type, open_data, save_grid, token_data, word_encoder
     from common.metrics import render
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
                             micro_rng, millions, progress, report_bench, same_weights, set_rates, start_run, take_step)
@@ -703,11 +703,11 @@ if __name__ == '__main__':
     claim(out, resume or overwrite or bench)
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
     tokenizer = Tokenizer.from_checkpoint(packed).to(run.device)
-    source = open_data(data, tokenizer.config['image_size'], n_images)
+    source = open_data(data, tokenizer.config['image_size'], n_images, out_dir=out_dir)
     table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
     dataset = TokenData(table, tokenizer.N, source.words)
     words, T = list(source.words), source.caption_length
-    prompt_ids = torch.from_numpy(np.array(table[:, tokenizer.N:])).short()        # (M, T)
+    prompt_ids = torch.from_numpy(table[:, tokenizer.N:].astype(id_type(len(words) + 1)))    # (M, T)
     origin = dict(tokenizer=tokenizer.digest(), vocabulary=digest_of(words), data=source.digest())
     check_origin(tokenizer_path, packed, origin)
 

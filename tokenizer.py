@@ -377,7 +377,7 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
     out = os.path.join(out_dir, 'tokenizer.pt')
     claim(out, resume or overwrite or bench)
-    source = open_data(data, image_size)
+    source = open_data(data, image_size, out_dir=out_dir)
     origin = dict(data=source.digest())
     free_steps = max(1, min(warmup_free, steps // 2))          # short runs get a codebook too
 
@@ -494,7 +494,7 @@ if __name__ == '__main__':
 
     # Measure
     if run.rank == 0:
-        held, captions = source.batch(source.examples(2000))
+        held, captions = source.batch(source.readable(source.examples(2000), 2000))
         ids = encode_images(net, held)
         again = decode_images(net, ids, captions)
         counts = torch.bincount(ids.flatten().cpu(), minlength=n_codes)

@@ -12,8 +12,10 @@ more class with these members (and two lines in `open_data`):
     batch(index)            -> images float (B, 3, size, size) in [-1, 1], captions (list of str)
     captions(index)         -> the captions alone, which costs no image
     bad, is_bad(i)          {path: reason} of the files that could not be read; is image i of them?
-    key()                   a list, fit for JSON, that changes whenever an image does; it names the
-                            token cache
+    readable(index, n)      the first n of these indices whose images can be read
+    mirrored(caption)       the caption of the mirror image
+    key()                   a list, fit for JSON, that changes whenever an image does, and stays if
+                            the folder moves; it names the token cache
     digest()                what a checkpoint stores to tell these images from others
 
     examples(n)             indices of at most n images over all classes, to look at; held out from
@@ -37,8 +39,10 @@ more class with these members (and two lines in `open_data`):
     factors(images, captions)     -> {factor: distance in [0, 1] from its known law}, {} where no
                             law is known
 """
+import contextlib
 import csv
 import difflib
+import functools
 import glob
 import hashlib
 import io
@@ -49,22 +53,41 @@ import textwrap
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from common.files import digest_of
+from common.folders import below, block_digest, is_split, list_folder, other_endings
 from common.run import is_rank0, meet, progress, writing
-from common.world import WORLDS, Shapes
+from common.world import WORLDS, Shapes, mirrored
 
 READERS = 8                    # threads that decode files; PIL lets them run in parallel
+READ_AT_ONCE = 64              # files that are tried at once
+NAMED = 10                     # unreadable files that are named on the console; the rest is counted
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long texts cost no image
+ZEROS = 2 ** 20                # bytes of an empty token table that are written at once
 GOOD, BAD = 1, 2               # last column of a partial token table; 0: this row is still to do
 
+DEEP_ENDINGS = ('.tif', '.tiff', '.pfm')       # of formats that hold grey values of 32 bits
+N_DEEP = 64                    # of these are looked at
+WHITES = (1, 255, 4095, 65535) # what white may be there
+ORIENTATION = 0x0112           # the EXIF tag, and what turns each of its values upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 METADATA = ('metadata.jsonl', 'metadata.csv')  # Hugging Face's imagefolder: file_name, text
-IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 UNKNOWN = '<unknown>'          # stands in the vocabulary of free captions for every word outside it
 RARE = 2                       # a word in fewer captions than this is outside
 MOST_WORDS = 32_000            # of these vocabularies; the ids must fit 16 bits
@@ -74,18 +97,21 @@ LONGEST_CAPTION = 32           # words of a free caption that are read
 # -----------------------------------------------------------------------------
 # Sources of images
 
-def open_data(data, size, n_images=50_000, expected=None):
-    """The source named `data`: 'shapes' or 'shapes-open', of `n_images` images, or a folder.
+def open_data(data, size, n_images=50_000, expected=None, out_dir=''):
+    """The source named `data`: 'shapes' or 'shapes-open', of `n_images` images, or a folder, of
+    which `out_dir`, where the run writes, is no part.
 
-    Raises ValueError where it cannot be used, or where its vocabulary is not the one `expected`,
-    that of a trained model.
+    The classes or words are those that are found, which notes describe, or `expected`, those of a
+    trained model. Raises ValueError where the data cannot be used, or lack what is expected.
     """
     if data in WORLDS:
         source = Shapes(data, size, n_images)
-    elif holds_captions(data):
-        source = CaptionedFolder(data, size)
+        if expected is None and os.path.isdir(data):
+            say(f'note: --data={data} is the drawn world; the folder of this name is --data=./{data}')
     else:
-        source = Folder(data, size)
+        listing = list_folder(data, out_dir)
+        kind = CaptionedFolder if holds_captions(listing) else Folder
+        source = kind(data, size, listing, expected)
     if expected is not None and list(source.words) != list(expected):
         ours = ', '.join(source.words[:4])
         theirs = ', '.join(expected[:4])
@@ -97,62 +123,123 @@ def open_data(data, size, n_images=50_000, expected=None):
 class Folder:
     """A folder of images whose sub-folders are classes; the caption of an image is its class.
 
-    Its members are those of every source, see above. Raises ValueError where the folder is missing
-    or has fewer than 8 files; prints a note on files that are left out and on a single class.
+    Its members are those of every source, see above. A class has at least one readable image, or is
+    `expected`. Raises ValueError where there are fewer than 8 files; unless classes are expected
+    prints notes on what is left out and on odd classes.
     """
 
     caption_length = 1         # a class label is one word, whatever it holds
     task_names = ()
     judges = False
 
-    def __init__(self, data, size):
+    def __init__(self, data, size, listing, expected=None):
+        self.open(data, size, listing)
+        check_layout(data, listing)
+        groups = find_classes(listing)
+        chosen = self.readable_classes(groups) if expected is None else expected
+        for word in groups:
+            if word not in chosen:
+                why = 'no image is readable' if expected is None else 'no class of the model'
+                listing.leave_out(len(groups[word]), f'in {word} ({why})')
+        self.words = tuple(word for word in chosen if word in groups)
+        files = []                                             # (path, caption)
+        for word in self.words:
+            files += [(path, word) for path in groups[word]]
+        self.take(files)
+        listing.leave_out(len(listing.others), f'not images by their ending '
+                          f'({other_endings(listing.others)})')
+        if expected is None or len(self.words) == len(expected):
+            self.check_files(listing, groups)
+        if expected is None:
+            self.note_classes(listing)
+
+    def open(self, data, size, listing):
         self.data = data
         self.size = size
+        self.root = listing.root
         self.bad = {}
-        groups = find_classes(data)
-        self.words = tuple(groups)
-        self.files = []                                        # (path, caption)
-        for word, paths in groups.items():
-            self.files += [(path, word) for path in paths]
-        self.length = len(self.files)
-        self.limit = self.length
-        self.check_files()
+        self.checked = set()                                   # paths that `readable` has read
 
-    def check_files(self):
-        """Say what is wrong with the files, or odd."""
-        check_layout(self.data, [path for path, caption in self.files])
+    def take(self, files):
+        """These files, [(path, caption)], are the images."""
+        self.files = files
+        self.length = len(files)
+        self.limit = self.length
+        self.white = find_white([path for path, caption in files])
+
+    def readable_classes(self, groups):
+        """Those of the classes that have at least one readable image."""
+        def has_image(word):
+            return any(can_be_read(path, self.size) for path in groups[word])
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(has_image, groups))
+        return [word for word, good in zip(groups, found) if good]
+
+    def check_files(self, listing, groups):
+        """Raise ValueError where there are too few."""
+        n_files = sum(len(paths) for paths in groups.values())
+        left_out = listing.note().removeprefix('note: ')
+        if n_files >= 8 and not self.words:
+            raise ValueError(f'--data={self.data}: not one of its {n_files} files is a readable '
+                             f'image, such as {listing.images[0]}')
         if self.length < 8:
             found = self.length or 'no'
-            raise ValueError(f'--data={self.data}: {found} files found, expected at least 8; put '
-                             'images into sub-folders, one per class')
-        loose = len(find_files(os.path.abspath(self.data))) - self.length
-        if loose:
-            print(f'note: {loose} files in {self.data} lie outside its class folders and are left '
-                  'out')
+            raise ValueError(f'--data={self.data}: {found} images found, expected at least 8; put '
+                             f'images into sub-folders, one per class. {left_out}'.strip())
+
+    def note_classes(self, listing):
+        """Say what was left out, and what is odd."""
+        if listing.left_out:
+            say(listing.note())
+        self.note_white()
+        if all(is_split(word) for word in self.words):
+            say(f'note: {", ".join(self.words)} are taken for classes; if they are the parts of a '
+                f'data set, give one of them: --data={os.path.join(self.data, self.words[0])}')
         if len(self.words) == 1:
-            print(f'note: {self.data} has a single class, {self.words[0]!r}: captions carry no '
-                  'information, so guidance has nothing to steer. Use one sub-folder per class if '
-                  'there are classes.')
+            say(f'note: {self.data} has a single class, {self.words[0]!r}: captions carry no '
+                'information, so guidance has nothing to steer. Use one sub-folder per class if '
+                'there are classes.')
+
+    def note_white(self):
+        for mode, white in self.white.items():
+            kind = 'floats' if mode == 'F' else 'integers'
+            say(f'note: {self.data}: grey values that are {kind} of 32 bits go from 0, black, to '
+                f'{white}, white, judged by the brightest of at most {N_DEEP} such images')
 
     def read(self, index):
         """The images at `index` as a list of uint8 (size, size, 3), None where a file is bad.
 
-        A bad file is named once and remembered in `bad`.
+        A bad file is remembered in `bad`; the first are named.
         """
         paths = [self.files[i][0] for i in index]
         jobs = {}
         with ThreadPoolExecutor(READERS) as pool:
             for path in paths:
                 if path not in self.bad and path not in jobs:
-                    jobs[path] = pool.submit(read_image, path, self.size)
+                    jobs[path] = pool.submit(read_image, path, self.size, self.white)
         pixels = {}
         for path, job in jobs.items():
             try:
                 pixels[path] = job.result()
             except ValueError as error:
                 self.bad[path] = str(error)
-                tqdm.write(f'skipped {path}: {error}')
+                if len(self.bad) <= NAMED:
+                    tqdm.write(f'skipped {path}: {error}')
+                if len(self.bad) == NAMED:
+                    tqdm.write('skipped: further unreadable files are only counted')
         return [pixels.get(path) for path in paths]
+
+    def readable(self, index, n):
+        """The first n of the images at index whose files can be read; each file is tried once."""
+        good = []
+        for start in range(0, len(index), READ_AT_ONCE):
+            part = [int(i) for i in index[start:start + READ_AT_ONCE]]
+            self.read([i for i in part if self.files[i][0] not in self.checked])
+            self.checked.update(self.files[i][0] for i in part)
+            good += [i for i in part if not self.is_bad(i)]
+            if len(good) >= n:
+                break
+        return good[:n]
 
     def batch(self, index):
         """index (B,) -> images (B, 3, size, size) in [-1, 1], captions.
@@ -189,16 +276,29 @@ class Folder:
         path, caption = self.files[i]
         return path in self.bad
 
+    def mirrored(self, caption):
+        """A class may be called left, and have a counterpart."""
+        other = mirrored(caption)
+        return other if other in self.words else caption
+
     def key(self):
-        """Every file's name, length in bytes and time of change."""
-        key = [self.size]
-        for path, caption in self.files:
-            status = os.stat(path)
-            key.append([path, status.st_size, status.st_mtime_ns])
-        return key
+        """How and from what the images are made: of every file its name below the folder and a
+        digest, but neither the place of the folder nor any time."""
+        return [self.size, self.white, list(self.words), self.contents]
+
+    @functools.cached_property
+    def contents(self):
+        """A digest of the names and contents of all files."""
+        paths = [path for path, caption in self.files]
+        total = hashlib.sha256()
+        with ThreadPool(READERS) as pool:                      # which queues no million of jobs
+            for path, digest in zip(paths, pool.imap(block_digest, paths, chunksize=64)):
+                total.update(json.dumps([below(path, self.root), digest]).encode())
+        return total.hexdigest()
 
     def digest(self):
-        return digest_of(self.key())
+        """Of the list of files, names below the folder and bytes: cheaper than `key`, which reads."""
+        return digest_of([(below(path, self.root), os.path.getsize(path)) for path, caption in self.files])
 
     def examples(self, n):
         """Files lie class by class, so equal steps visit all classes. Nothing is held out."""
@@ -213,12 +313,16 @@ class Folder:
         return np.linspace(0, self.length - 1, n).astype(int)
 
     def reference_split(self, n):
-        """Two random halves of the folder, the first cut to n (the models were trained on both)."""
+        """Two random halves of the folder, the first, of readable images, cut to n (the models were
+        trained on both). Raises ValueError where one is empty."""
         order = np.random.RandomState(0).permutation(self.length)
-        reference = order[::2][:n]
-        others = order[1::2]
+        reference = self.readable(order[::2], n)
+        others = [i for i in order[1::2] if not self.is_bad(i)]
+        if not reference or not self.readable(others, 1):
+            raise ValueError(f'--data={self.data}: too few of its {self.length} images are readable '
+                             'to measure with one half against the other')
         name = f'{len(reference)} images of {self.data} (real images: {len(others)} others)'
-        return reference, others, name
+        return np.array(reference), np.array(others), name
 
     def wrong_caption(self, caption, u):
         """Another class. There must be two: a reward is not trained on one."""
@@ -251,18 +355,17 @@ class CaptionedFolder(Folder):
     name categories, these are what neighbours vote on, else equal captions. Raises ValueError.
     """
 
-    def __init__(self, data, size):
-        self.data = data
-        self.size = size
-        self.bad = {}
-        entries = read_captions(data)
-        self.files = [(path, caption) for path, caption, category in entries]
-        self.length = len(self.files)
-        self.limit = self.length
+    def __init__(self, data, size, listing, expected=None):
+        self.open(data, size, listing)
+        entries = read_captions(data, listing)
+        self.take([(path, caption) for path, caption, category in entries])
         self.words, self.caption_length = make_vocabulary([caption for path, caption in self.files])
         self.number = {word: k for k, word in enumerate(self.words)}
         self.sort_captions(entries)
-        self.check_captions()
+        self.check_captions(quiet=expected is not None)
+        if expected is None:
+            self.note_left_out(listing)
+            self.note_white()
 
     def sort_captions(self, entries):
         """Number the labels, and sort the different captions by them: those of label k are the
@@ -277,7 +380,7 @@ class CaptionedFolder(Folder):
         self.label_count = np.bincount([k for k, caption in pairs])
         self.label_end = self.label_count.cumsum()
 
-    def check_captions(self):
+    def check_captions(self, quiet):
         """Say what is wrong with the captions, or odd, and what becomes of their words."""
         if self.length < 8:
             raise ValueError(f'--data={self.data}: {self.length} captioned images, expected at '
@@ -293,7 +396,8 @@ class CaptionedFolder(Folder):
             rare.update(outside)
             with_rare += bool(outside)
         NOTED.update(rare, long)                               # `word_ids` need not tell them again
-
+        if quiet:
+            return
         say(f'note: {self.data}: {self.length} captions of up to {self.caption_length} words, '
             f'{len(self.words) - 1} different words known')
         if rare:
@@ -303,20 +407,27 @@ class CaptionedFolder(Folder):
             say(f'note: {len(long)} captions have more than {LONGEST_CAPTION} words and are cut')
         if len(self.sorted_captions) == 1:
             say('note: all captions are the same, so guidance has nothing to steer')
-        self.note_left_out()
 
-    def note_left_out(self):
-        """Say how many images lie there without a caption."""
-        listed = {path for path, caption in self.files}
-        left_out = [path for path in find_images(os.path.abspath(self.data)) if path not in listed]
-        if left_out:
-            say(f'note: {len(left_out)} images in {self.data} are not listed and are left out, '
-                f'such as {left_out[0]}')
+    def note_left_out(self, listing):
+        """Say which images and other files lie there without meaning."""
+        taken = {path for path, caption in self.files}
+        unlisted = [path for path in listing.images if path not in taken]
+        if unlisted:
+            listing.leave_out(len(unlisted), f'images that are not listed, such as {unlisted[0]}')
+        captions = {text_beside(path) for path in taken}
+        others = [path for path in listing.others
+                  if path not in captions and os.path.basename(path) not in METADATA]
+        listing.leave_out(len(others), f'not images by their ending ({other_endings(others)})')
+        if listing.left_out:
+            say(listing.note())
+
+    def mirrored(self, caption):
+        return mirrored(caption)
 
     def key(self):
         """Also the captions and how they are read."""
         captions = [caption for path, caption in self.files]
-        return [*super().key(), captions, self.words, self.caption_length]
+        return [*super().key(), captions, self.caption_length]
 
     def label_of(self, caption):
         """The number of its category, where there are none of the caption. Raises ValueError for
@@ -346,27 +457,23 @@ class CaptionedFolder(Folder):
                          f'{caption!r}, so there is nothing to follow')
 
 
-def find_classes(data):
-    """{class: its files} of a folder; classes are sub-folders with files, numbers before names.
+def find_classes(listing):
+    """{class: its images} of a folder; classes are sub-folders with images, numbers before names.
 
-    A folder without sub-folders is one class, 'image'. Raises ValueError where it is missing.
+    A folder without such sub-folders is one class, 'image'.
     """
-    root = os.path.abspath(data)
-    if not os.path.isdir(root):
-        raise ValueError(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a "
-                         'folder of images')
-    names = []
-    for entry in os.scandir(root):
-        if entry.is_dir() and not entry.name.startswith('.'):
-            names.append(entry.name)
     groups = {}
-    for name in sorted(names, key=class_order):
-        paths = find_files(os.path.join(root, name))
-        if paths:
-            groups[name] = paths
-    if not groups:
-        groups['image'] = find_files(root)
-    return groups
+    loose = []
+    for path in listing.images:
+        name, _, inner = below(path, listing.root).partition('/')
+        if inner:
+            groups.setdefault(name, []).append(path)
+        else:
+            loose.append(path)
+    if not groups and loose:
+        return {'image': loose}
+    listing.leave_out(len(loose), 'outside the class folders')
+    return {name: groups[name] for name in sorted(groups, key=class_order)}
 
 
 def class_order(name):
@@ -376,76 +483,102 @@ def class_order(name):
     return 1, 0, name
 
 
-def find_files(top):
-    """Sorted paths of all files at any depth below `top`, without hidden files and dead links."""
-    paths = []
-    for folder, _, names in os.walk(top):
-        for name in names:
-            path = os.path.join(folder, name)
-            if not name.startswith('.') and os.path.isfile(path):
-                paths.append(path)
-    return sorted(paths)
-
-
-def find_images(top):
-    """Those of `find_files` whose names end like an image's."""
-    return [path for path in find_files(top) if is_image(path)]
-
-
-def is_image(name):
-    return name.lower().endswith(IMAGE_ENDINGS)
-
-
-def check_layout(data, paths):
+def check_layout(data, listing):
     """Raise ValueError where the files of a folder are not laid out as classes: tars, which
     img2dataset makes, or a list of captions in a sub-folder, as Hugging Face splits data sets."""
-    tars = [path for path in paths if path.endswith('.tar')]
-    if tars and not any(is_image(path) for path in paths):
+    tars = [path for path in listing.others if path.endswith('.tar')]
+    if tars and not listing.images:
         raise ValueError(f'--data={data}: no images but {len(tars)} tars, such as '
                          f'{os.path.basename(tars[0])}; unpack them: cd {os.path.dirname(tars[0])} '
                          '&& for t in *.tar; do tar xf "$t"; done')
-    lists = [path for path in paths if os.path.basename(path) in METADATA]
+    lists = [path for path in listing.others if os.path.basename(path) in METADATA]
     if lists:
         raise ValueError(f'--data={data}: {lists[0]} lists captions, but only of its own folder; '
                          f'give --data={os.path.dirname(lists[0])}')
 
 
-def read_image(path, size):
-    """One file -> uint8 (size, size, 3). Raises ValueError with the reason if it cannot be read."""
+def can_be_read(path, size):
+    try:
+        read_image(path, size)
+    except ValueError:
+        return False
+    return True
+
+
+def read_image(path, size, white=None):
+    """One file -> uint8 (size, size, 3); `white` as `find_white` gives it. Raises ValueError with
+    the reason if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return square_pixels(image, size)
+            return square_pixels(image, size, white or {})
     except Exception as error:                                 # PIL raises many kinds here
         raise ValueError(f'{type(error).__name__}: {error}') from None
 
 
-def square_pixels(image, size):
+def upright(image):
+    """A PIL image turned as its EXIF orientation asks. Metadata that cannot be read turn nothing:
+    they never cost an image."""
+    image.load()                                               # once: twice would take bad pixels
+    with contextlib.suppress(Exception):
+        return image.transpose(TURNS[image.getexif()[ORIENTATION]])
+    return image
+
+
+def square_pixels(image, size, white):
     """A PIL image of any mode -> uint8 (size, size, 3): upright, alpha laid on white, the shorter
     side resized to `size` (antialiased bicubic), the centre cut out."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
-        image = shallow_grey(image)
+    top = white_of(image, white)
+    image = upright(image)
+    if top:
+        image = shallow_grey(image, top)
     if image.has_transparency_data:
-        white = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(white, image.convert('RGBA'))
+        canvas = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(canvas, image.convert('RGBA'))
     square = ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BICUBIC)
     return np.asarray(square)
 
 
-def shallow_grey(image):
-    """A grey PIL image of 16 or 32 bits (mode I, F or I;16) -> 8 bits.
+def white_of(image, white):
+    """The value of white in a grey PIL image of 16 or 32 bits, 0 for others. Formats say it for
+    16 bits (mode I;16, in PNG and PPM also I); for 32 bits `find_white` must."""
+    if image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PNG', 'PPM'):
+        return 65535
+    if image.mode in ('I', 'F'):
+        return white.get(image.mode, 1 if image.mode == 'F' else 65535)
+    return 0
 
-    Only I;16 says where white is. Else the values tell: white is 65535, 255 or 1, the least that
-    none exceeds.
-    """
+
+def shallow_grey(image, white):
+    """A grey PIL image of 16 or 32 bits -> 8 bits. Raises ValueError for NaN and infinity."""
     grey = np.asarray(image, np.float64)
-    if ';16' in image.mode or grey.max() > 255:
-        white = 65535
-    elif grey.max() > 1:
-        white = 255
-    else:
-        white = 1
+    if not np.isfinite(grey).all():
+        raise ValueError('some pixels are no finite numbers')
     return Image.fromarray((grey * 255 / white).clip(0, 255).astype(np.uint8))
+
+
+def find_white(paths):
+    """{mode: value of white} of the grey images of 32 bits (mode F or I) in a data set, whose files
+    do not say it: that of the usual ones which is nearest to the brightest pixel. One value holds
+    for all images, so that they keep their differences."""
+    deep = [path for path in paths if path.lower().endswith(DEEP_ENDINGS)]
+    spread = np.linspace(0, len(deep) - 1, min(len(deep), N_DEEP)).astype(int)
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(brightest, [deep[k] for k in spread]))
+    white = {}
+    for mode in sorted({mode for mode, value in found if mode}):
+        top = max(value for other, value in found if other == mode)
+        ratio = [abs(math.log(usual / max(top, 1))) for usual in WHITES]
+        white[mode] = WHITES[int(np.argmin(ratio))]
+    return white
+
+
+def brightest(path):
+    """Mode and largest value of a grey image of 32 bits; ('', 0) for all other files."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        if image.mode in ('I', 'F'):
+            pixels = np.asarray(image)
+            return image.mode, pixels[np.isfinite(pixels)].max(initial=0)
+    return '', 0
 
 
 def say(text):
@@ -457,17 +590,13 @@ def say(text):
 # -----------------------------------------------------------------------------
 # Captions of a folder
 
-def holds_captions(data):
+def holds_captions(listing):
     """Are the images of a folder captioned: by a metadata file, or a .txt beside one of them?"""
     for name in METADATA:
-        if os.path.isfile(os.path.join(data, name)):
+        if os.path.isfile(os.path.join(listing.root, name)):
             return True
-    for folder, _, names in os.walk(data):
-        texts = {name for name in names if name.endswith('.txt')}
-        for name in names:
-            if is_image(name) and text_beside(name) in texts:
-                return True
-    return False
+    texts = {path for path in listing.others if path.endswith('.txt')}
+    return any(text_beside(path) in texts for path in listing.images)
 
 
 def text_beside(path):
@@ -475,12 +604,12 @@ def text_beside(path):
     return os.path.splitext(path)[0] + '.txt'
 
 
-def read_captions(data):
+def read_captions(data, listing):
     """[(path, caption in one line, category or '')] of a captioned folder, each image once.
 
     Raises ValueError, in one line, for everything that is wrong with the list.
     """
-    root = os.path.abspath(data)
+    root = listing.root
     found = [name for name in METADATA if os.path.exists(os.path.join(root, name))]
     if len(found) > 1:
         raise ValueError(f'--data={data}: there are both {found[0]} and {found[1]}; keep one')
@@ -489,11 +618,17 @@ def read_captions(data):
         entries = read_metadata(root, origin)
     else:
         origin = root
-        entries = read_texts(root)
+        entries = read_texts(listing)
     if not entries:
         raise ValueError(f'{origin}: lists no image')
     check_entries(origin, entries)
-    return entries
+    images = set(listing.images)
+    taken = [entry for entry in entries if entry[0] in images]
+    listing.leave_out(len(entries) - len(taken), f'listed in {os.path.basename(origin)} and no images '
+                      'of the folder (by ending, hidden, outside or linked)')
+    if not taken:
+        raise ValueError(f'{origin}: {listing.note()}; nothing is left')
+    return taken
 
 
 def read_metadata(root, origin):
@@ -561,13 +696,14 @@ def read_csv(path):
     return rows
 
 
-def read_texts(root):
+def read_texts(listing):
     """The entries of a folder with a .txt beside each image."""
-    images = find_images(root)
-    bare = [path for path in images if not os.path.isfile(text_beside(path))]
+    texts = set(listing.others)
+    images = listing.images
+    bare = [path for path in images if text_beside(path) not in texts]
     if bare:
-        raise ValueError(f'--data={root}: {len(bare)} of {len(images)} images have no .txt beside '
-                         f'them, such as {bare[0]}')
+        raise ValueError(f'--data={listing.root}: {len(bare)} of {len(images)} images have no .txt '
+                         f'beside them, such as {bare[0]}')
     return [(path, one_line(read_text(text_beside(path))), '') for path in images]
 
 
@@ -778,6 +914,9 @@ def token_data(source, tokenizer, folder, device, batch=256, flips=False):
     path = cache_path(source, tokenizer, folder, flips)
     if not os.path.exists(path):             # for all processes alike: it appears after they met
         tokenizer.to(device)
+        note_other_caches(folder)
+        if flips:
+            note_mirrored(source)
         create_table(source, tokenizer, path, flips)
         meet()
         fill_table(source, tokenizer, path, batch, flips)
@@ -789,10 +928,36 @@ def token_data(source, tokenizer, folder, device, batch=256, flips=False):
 
 def cache_path(source, tokenizer, folder, flips):
     """The file's name: it carries a hash of the images and of the tokenizer's weights, so that a
-    stale cache is never used."""
+    stale cache is never used, and a folder that was moved or touched not encoded again."""
     key = json.dumps([*source.key(), bool(flips), tokenizer.digest()])
     digest = hashlib.sha256(key.encode()).hexdigest()
     return os.path.join(folder, f'tokens-{digest[:16]}.npy')
+
+
+def note_other_caches(folder):
+    """Say which caches lie there that were made of something else."""
+    paths = glob.glob(os.path.join(glob.escape(folder), 'tokens-*.npy'))
+    if paths:
+        megabytes = sum(os.path.getsize(path) for path in paths) / 1e6
+        names = ', '.join(os.path.basename(path) for path in sorted(paths)[:3])
+        say(f'note: {folder} holds {len(paths)} token caches of other images, another tokenizer or '
+            f'other --flips ({names}: {megabytes:.1f} MB); delete those that you no longer need')
+
+
+def note_mirrored(source):
+    """Say that captions change in a mirror, if they do."""
+    changed = []
+    for caption in source.captions(range(source.length)):
+        if source.mirrored(caption) != caption:
+            changed.append(caption)
+    if changed:
+        say(f'note: --flips: left and right are exchanged in the captions of {len(changed)} mirror '
+            f'images, such as {textwrap.shorten(changed[0], 60)!r}')
+
+
+def id_type(n):
+    """The smallest signed integers that hold the ids 0 ... n - 1, a dtype of numpy."""
+    return np.min_scalar_type(-n)
 
 
 def numbers_path(path):
@@ -811,13 +976,29 @@ def create_table(source, tokenizer, path, flips):
         return
     copies = 2 if flips else 1
     columns = copies * (tokenizer.N + source.caption_length) + 1
-    largest = max(tokenizer.V, len(source.words) + 1)
-    smallest_type = np.min_scalar_type(-largest)               # of the signed ones
+    ids = id_type(max(tokenizer.V, len(source.words) + 1))
     new = path + '.tmp'
     with writing(path):
-        table = np.lib.format.open_memmap(new, 'w+', smallest_type, (source.length, columns))
-        table.flush()
+        try:
+            np.lib.format.open_memmap(new, 'w+', ids, (source.length, columns))
+            reserve(new)
+        except OSError:
+            with contextlib.suppress(OSError):                 # a full disk need not stay full
+                os.remove(new)
+            raise
         os.replace(new, partial)
+
+
+def reserve(path):
+    """Write a file of zeros, which has holes as yet, out to the disk. Raises OSError where that is
+    full: to read or write a hole of a mapped file would then end the program with a bus error."""
+    size = os.path.getsize(path)
+    with open(path, 'r+b') as file:
+        header = file.read(ZEROS)
+        file.seek(0)
+        file.write(header)
+        while file.tell() < size:
+            file.write(bytes(min(ZEROS, size - file.tell())))
 
 
 def fill_table(source, tokenizer, path, batch, flips):
@@ -845,30 +1026,34 @@ def fill_table(source, tokenizer, path, batch, flips):
 def encode_rows(source, tokenizer, index, flips):
     """Rows of the table for the images at index (B,): int64 (B, copies (N + T) + 1)."""
     images, captions = source.batch(index)
-    views = [images]
+    views = [(images, captions)]
     if flips:
-        views.append(images.flip(-1))
-    ids = [encode_images(tokenizer, view) for view in views]
-    ids = torch.stack(ids, 1).cpu()                                          # (B, copies, N)
-    cond = word_ids(captions, source.words, source.caption_length)           # (B, T)
-    cond = cond[:, None].expand(-1, len(views), -1)                          # (B, copies, T)
-    rows = torch.cat([ids, cond], 2).flatten(1)                              # (B, copies (N + T))
+        views.append((images.flip(-1), [source.mirrored(caption) for caption in captions]))
+    parts = []                                                               # each (B, N) or (B, T)
+    for view, said in views:
+        parts.append(encode_images(tokenizer, view).cpu())
+        parts.append(word_ids(said, source.words, source.caption_length))
+    rows = torch.cat(parts, 1)                                               # (B, copies (N + T))
     state = [BAD if source.is_bad(i) else GOOD for i in index]
     return np.column_stack([rows.numpy(), state])
 
 
 def finish_table(source, tokenizer, path):
     """Write the good rows of PATH.partial to PATH, one per copy: (M, N + T), and beside it the
-    numbers of their images (M,)."""
+    numbers of their images (M,), -1 - i for the mirror image of i."""
     if not is_rank0():
         return
     partial = path + '.partial'
     table = np.load(partial, mmap_mode='r')
     good = np.flatnonzero(table[:, -1] == GOOD)
     if len(good) < source.length:
-        print(f'{source.length - len(good)} of {source.length} files were skipped')
-    rows = table[good, :-1].reshape(-1, tokenizer.N + source.caption_length)
-    numbers = good.repeat(len(rows) // max(1, len(good)))      # every copy shows the same image
+        print(f'{source.length - len(good)} of {source.length} files were skipped, as they could '
+              'not be read')
+    width = tokenizer.N + source.caption_length
+    rows = table[good, :-1].reshape(-1, width)
+    numbers = good
+    if table.shape[1] > width + 1:                             # with mirror images
+        numbers = np.column_stack([good, -1 - good]).flatten()
     new = path + '.tmp'
     with writing(path):
         for target, array in ((numbers_path(path), numbers), (path, rows)):    # the cache last
@@ -906,10 +1091,19 @@ class TokenData:
         """A random micro-batch -> tokens (B, N), captions, whole ones: ids have lost rare words."""
         rows = self.draw_rows(run, rng)
         tokens, _ = self.read(rows, run.device)
-        return tokens, self.source.captions(self.images_of(rows))
+        return tokens, self.captions_at(rows)
+
+    def captions_at(self, rows):
+        """The whole captions of rows (B,), of mirror images mirrored."""
+        numbers = self.images_of(rows)
+        captions = self.source.captions(np.maximum(numbers, -1 - numbers))
+        for k in np.flatnonzero(numbers < 0):
+            captions[k] = self.source.mirrored(captions[k])
+        return captions
 
     def images_of(self, rows):
-        """Which images of the source the rows (B,) show. Raises ValueError."""
+        """Which images i of the source the rows (B,) show, -1 - i if mirrored. Raises
+        ValueError."""
         path = numbers_path(self.table.filename)
         if not os.path.exists(path):
             raise ValueError(f'{path}: not there, so the images of {self.table.filename} are unknown; '

@@ -135,7 +135,8 @@ class Reference:
 
     def prompts(self, n):
         """n captions with their real images (n, 3, H, W), none of them in the reference."""
-        images, captions = self.source.batch(np.resize(self.rest, n))
+        index = self.source.readable(self.rest, n)
+        images, captions = self.source.batch(np.resize(index, n))
         return captions, images
 
     def measure(self, images, captions):

@@ -1,19 +1,21 @@
 """
 Data, as a user has it: published files as the hubs have them (safetensors, shards, half precision, files that lie),
-and folders of captioned images. test_all.py runs these too.
+and folders of images, with classes or captions. test_all.py runs these too.
 """
 import contextlib
 import json
 import os
+import struct
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from unittest import SkipTest, mock
 
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common import images as I
 from common.files import SAFETENSORS, drop_pages, fill, mapped_ranges, read_published
@@ -563,7 +565,7 @@ def test_token_cache_follows_the_captions_and_gives_them_back(tmp_path):
     for flips in (False, True):
         source, dataset = encoded(flips)
         data = I.TokenData(dataset, 16, source)
-        captions = source.captions(data.images_of(np.arange(len(data))))
+        captions = data.captions_at(np.arange(len(data)))
         assert len(set(captions)) == 11
         assert len(captions) == (22 if flips else 11)
         assert captions[-1] == 'A blue square, number-11!'
@@ -653,3 +655,313 @@ def test_tokenizer_and_teacher_train_on_captions_and_take_new_words(tmp_path):
     assert loaded.prompts[1] == f'a green square number {I.UNKNOWN}' and len(loaded.prompts) == 24
     assert torch.equal(loaded.encode(loaded.prompts), loaded.encode(source.captions(range(24))))
     assert 'elephant' in printed(loaded.encode, ['a red elephant'])
+
+
+# -----------------------------------------------------------------------------
+# What a data folder holds
+
+def noise(path, k, size=16):
+    """A picture that no other k has."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    pixels = np.random.RandomState(k).randint(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def two_classes(root, n=6):
+    """A folder of n cats and n dogs -> its path."""
+    for k in range(n):
+        noise(f'{root}/cat/{k}.png', k)
+        noise(f'{root}/dog/{k}.JPEG', 100 + k)
+    return str(root)
+
+
+def names_of(source):
+    """The files of a source, as names below its folder."""
+    return [os.path.relpath(path, source.root) for path, caption in source.files]
+
+
+def test_one_rule_says_which_files_are_images_and_counts_the_others(tmp_path):
+    data = two_classes(tmp_path / 'data')
+    wanted = names_of(opened(data))
+    assert len(wanted) == 12
+    for name in ('cat/0.json', 'dog/Thumbs.db', 'notes/a.txt', 'dog/noending'):
+        write_in(f'{data}/{name}', 'x')
+    for name in ('cat/.ipynb_checkpoints/0.png', 'dog/@eaDir/a/0.png', '__MACOSX/0.png', 'cat/._0.png',
+                 '.git/0.png'):
+        noise(f'{data}/{name}', 50)
+    for k in range(9):
+        write_in(f'{data}/labels/{k}.png', 'no image')         # not one of them is
+    noise(f'{data}/loose.png', 51)
+    noise(f'{data}/old/deep/tokenizer.png', 52)                # an earlier run, and this one
+    write_in(f'{data}/old/deep/tokenizer.log.jsonl', '')
+    noise(f'{data}/out/png/0.png', 53)
+    os.mkfifo(f'{data}/dog/pipe.png')
+    for target, link in (('..', 'dog/loop'), ('/', 'dog/all'), ('../dog', 'cat/dogs'), (data, 'cat/self'),
+                         ('../cat/0.png', 'dog/cat.png'), ('nowhere.png', 'dog/dead.png')):
+        os.symlink(target, f'{data}/{link}')
+    text = printed(I.open_data, data, 16, out_dir=f'{data}/out')
+    source = quiet(I.open_data, data, 16, 50_000, None, f'{data}/out')
+    assert names_of(source) == wanted and source.words == ('cat', 'dog')
+    assert text.count('\n') == 1
+    for reason in ('4 not images by their ending (.json, .db, ', '5 hidden', '1 no plain files',
+                   '5 links to what is there already', '1 dead links', '1 outside the class folders',
+                   '9 in labels (no image is readable)', '1 folder where runs write (old/deep)',
+                   '1 folder where runs write (out)'):
+        assert reason in text, (reason, text)
+
+    noise(f'{tmp_path}/elsewhere/.hidden/deep/0.png', 54)      # hidden, but not below the folder
+    os.symlink(f'{tmp_path}/elsewhere/.hidden', f'{data}/bird')
+    os.symlink(f'{tmp_path}/elsewhere/.hidden/deep', f'{data}/cat/bird')
+    os.symlink('deep', f'{tmp_path}/elsewhere/.hidden/again')
+    assert names_of(opened(data, ('dog', 'cat'))) == wanted[6:] + wanted[:6]    # the model knows two
+    assert printed(I.open_data, data, 16, expected=('cat', 'dog')) == ''
+    source = quiet(I.open_data, data, 16, 50_000, None, f'{data}/out')
+    assert names_of(source) == ['bird/deep/0.png', *wanted]
+    with exits_with('the model knows 3'):
+        opened(data, ('cat', 'dog', 'cow'))
+
+
+def write_in(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write(path, text)
+
+
+def test_captioned_folders_are_listed_by_the_same_rule(tmp_path):
+    for layout in ('lists', 'texts'):
+        data = f'{tmp_path}/{layout}'
+        lines = ['file_name,text']
+        for k in range(9):
+            name = f'{k}.png' if k < 8 else '.cache/8.png'
+            noise(f'{data}/{name}', k)
+            lines.append(f'{name},picture {k}')
+            write(f'{data}/{name[:-4]}.txt', f'picture {k}')
+        noise(f'{data}/out/model.png', 20)
+        write(f'{data}/out/model.log.jsonl', '')
+        os.symlink('0.png', f'{data}/link.png')
+        if layout == 'lists':
+            write(f'{data}/metadata.csv', '\n'.join(lines))
+        text = printed(I.open_data, data, 16)
+        source = opened(data)
+        assert source.captions(range(source.length)) == [f'picture {k}' for k in range(8)]
+        assert 'hidden' in text and 'where runs write (out)' in text and 'links to what' in text
+        assert ('1 listed in metadata.csv and no images' in text) == (layout == 'lists')
+        assert printed(I.open_data, data, 16, expected=source.words) == ''
+
+
+def test_notes_say_what_was_taken_for_classes_and_for_the_world(tmp_path):
+    for names, noted in ((('train', 'val'), True), (('Test', 'train2017'), True),
+                         (('train', 'bus'), False)):
+        for k, name in enumerate(names * 4):
+            noise(f'{tmp_path}/{"".join(names)}/{name}/{k}.png', k)
+        text = printed(I.open_data, f'{tmp_path}/{"".join(names)}', 16)
+        assert (f'--data={tmp_path}/{"".join(names)}/{sorted(names)[0]}' in text) == noted, text
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        assert printed(I.open_data, 'shapes', 32) == ''
+        os.mkdir('shapes')
+        assert '--data=./shapes' in printed(I.open_data, 'shapes', 32)
+    finally:
+        os.chdir(before)
+
+
+def test_classes_are_decided_once_and_a_run_is_no_part_of_its_data(tmp_path):
+    data = two_classes(tmp_path, 8)
+    for k in range(3):
+        write_in(f'{data}/labels/{k}.png', 'no image')
+    small = {'tokenizer.py': ['--image_size=16', '--ch=4', '--ch_mult=1,1,2', '--n_codes=12'],
+             'model.py': ['--D=16', '--depth=1', '--n_head=1'],
+             'distill.py': ['--n_eval=8', '--n_reference=8', '--teacher_steps=2']}
+    for script, settings in small.items():
+        text = must_run(script, f'--data={data}', f'--out_dir={data}/out', '--steps=4', *settings)
+        assert text.count('3 in labels (no image is readable)') == (script != 'distill.py')
+        assert 'skipped' not in text
+    state = torch.load(f'{data}/out/distill.pt')
+    assert state['words'] == ['cat', 'dog'] and len(state['prompts']) == 16
+
+
+def test_halves_share_no_image_and_count_none_twice_where_files_are_unreadable(tmp_path):
+    data = two_classes(tmp_path, 30)
+    for k in range(0, 30, 3):
+        write(f'{data}/cat/{k}.png', 'no image')
+        write(f'{data}/dog/{k}.JPEG', 'no image')
+    source = opened(data)
+    with capture():
+        reference = Reference(source, 100)
+        captions, images = reference.prompts(15)
+        again, _ = reference.prompts(100)
+    index, others, name = source.reference_split(100)
+    seen = {path for path in source.bad}
+    assert all(source.files[i][0] not in seen for i in (*index, *source.readable(others, 100)))
+    assert len(reference.captions) == len(index) == len(set(index))
+    assert f'{len(index)} images of' in name and not set(index) & set(others)
+    assert len({image.numpy().tobytes() for image in images}) == 15 == len(captions)
+    assert len(again) == 100                                   # over again
+    half = source.batch(index)[0]
+    assert not {x.numpy().tobytes() for x in half} & {x.numpy().tobytes() for x in images}
+    assert len(index) + len(source.readable(others, 100)) == 40
+
+
+# -----------------------------------------------------------------------------
+# Pixels
+
+def test_metadata_never_cost_an_image(tmp_path):
+    def exif(*entries):
+        """A block of EXIF from (tag, type, count, value)."""
+        packed = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+        return b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(entries)) + packed + bytes(4)
+    turn = (0x0112, 3, 1, 6)
+    blocks = [b'bad', b'Exif\0\0bad', exif(turn)[:20], exif((0x0112, 2, 4, 0x303030)), exif((0x0112, 3, 1, 99)),
+              exif(turn), exif(turn, (0x8769, 4, 1, 2 ** 24)), exif(turn, (0x8769, 2, 4, 2 ** 24))]
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8))
+    upright = np.asarray(image)
+    for k, block in enumerate(blocks):
+        for ending, options in (('png', {}), ('webp', dict(lossless=True))):
+            path = f'{tmp_path}/{k}.{ending}'
+            image.save(path, exif=block, **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                seen = I.read_image(path, 16)
+            assert np.array_equal(seen, np.rot90(upright, -1) if k > 4 else upright), path
+    for compression in (None, 'tiff_lzw'):
+        for kind in (2, 4):                                    # text, or nothing there
+            path = f'{tmp_path}/a.tif'
+            image.save(path, compression=compression, tiffinfo={0x8769: 2 ** 24, 0x0112: 6})
+            with open(path, 'rb') as file:
+                content = file.read()
+            entry = struct.pack('<HHI', 0x8769, 4, 1)
+            assert entry in content
+            write(path, content.replace(entry, struct.pack('<HHI', 0x8769, kind, 1)))
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                seen = I.read_image(path, 16)
+            assert np.array_equal(seen, np.rot90(upright, -1)), (compression, kind)
+    content = content[:60] + b'\xff' * 40 + content[100:]         # pixels that LZW cannot read
+    write(path, content)
+    with exits_with('decoder error'):
+        I.read_image(path, 16)
+    text = PngImagePlugin.PngInfo()
+    text.add_text('workflow', 'x' * 3_000_000, zip=True)
+    image.save(f'{tmp_path}/text.png', pnginfo=text)
+    assert np.array_equal(I.read_image(f'{tmp_path}/text.png', 16), upright)
+
+
+def test_one_value_is_white_in_all_images_of_a_data_set(tmp_path):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for k, (top, white, dtype) in enumerate((
+            (1, 1, np.float32), (1.002, 1, np.float32), (0.9, 1, np.float32), (255, 255, np.float32),
+            (4000, 4095, np.float32), (65535, 65535, np.float32), (255, 255, np.int32), (1000, 255, np.int32),
+            (4095, 4095, np.int32), (60000, 65535, np.int32))):
+        for j in range(8):                                     # of falling brightness
+            os.makedirs(f'{tmp_path}/{k}', exist_ok=True)
+            Image.fromarray((ramp * top / 2 ** j).astype(dtype)).save(f'{tmp_path}/{k}/{j}.tif')
+        text = printed(I.open_data, f'{tmp_path}/{k}', 16)
+        assert f'from 0, black, to {white}, white' in text
+        images, _ = opened(f'{tmp_path}/{k}').batch(range(8))
+        for j in range(8):
+            wanted = (ramp * top / 2 ** j).astype(dtype) * (2 / white) - 1
+            assert abs(images[j, 0].numpy() - wanted.clip(-1, 1)).max() < 0.011, (top, j)
+    for bad in (np.nan, np.inf):
+        ramp[3, 3] = bad
+        Image.fromarray(ramp).save(f'{tmp_path}/0/3.tif')
+        source = opened(f'{tmp_path}/0')
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            quiet(source.batch, range(8))
+        assert ['no finite numbers' in reason for reason in source.bad.values()] == [True]
+
+
+# -----------------------------------------------------------------------------
+# Mirror images, and the token cache
+
+def test_captions_of_mirror_images_are_mirrored(tmp_path):
+    shapes = I.open_data('shapes', 32, 600)
+    images, captions = shapes.batch(range(600))
+    related = [k for k, caption in enumerate(captions) if 'left' in caption or 'right' in caption]
+    mirrored = [shapes.mirrored(caption) for caption in captions]
+    assert len(related) > 30 and shapes.follows(images.flip(-1), mirrored).all()
+    assert not shapes.follows(images.flip(-1), captions)[related].any()
+    for caption, other in (('Left of it, a RIGHT-handed man', 'Right of it, a LEFT-handed man'),
+                           ('bright, cleft', 'bright, cleft'), ('the leftmost_right', 'the rightmost_left')):
+        assert I.mirrored(caption) == other and I.mirrored(other) == caption
+
+    data = f'{tmp_path}/data'
+    lines = ['file_name,text']
+    for k in range(12):
+        noise(f'{data}/{k:02d}.png', k)
+        lines.append(f'{k:02d}.png,a cat {("left", "right", "above")[k % 3]} of a dog')
+    write(f'{data}/metadata.csv', '\n'.join(lines))
+    source = opened(data)
+    with capture() as text:
+        table = I.token_data(source, small_tokenizer(), tmp_path, CPU, 5, True)
+    assert "exchanged in the captions of 8 mirror images, such as 'a cat left of" in text.getvalue()
+    tokens = I.TokenData(table, 16, source)
+    captions = tokens.captions_at(np.arange(24))
+    assert captions[:6] == [f'a cat {side} of a dog' for side in ('left', 'right', 'right', 'left', 'above', 'above')]
+    assert np.array_equal(I.word_ids(captions, source.words, source.caption_length), table[:, 16:])
+    for k in range(8):
+        noise(f'{tmp_path}/arrows/{("left", "right", "right turn")[k % 3]}/{k}.png', k)
+    arrows = opened(f'{tmp_path}/arrows')
+    assert [arrows.mirrored(word) for word in arrows.words] == ['right', 'left', 'right turn']
+
+
+def test_a_moved_or_touched_folder_is_not_encoded_again_and_a_changed_one_is(tmp_path):
+    data = two_classes(tmp_path / 'data')
+    noise(f'{data}/cat/large.png', 9, 300)
+    noise(f'{data}/cat/plain.bmp', 9, 300)
+    tokenizer = small_tokenizer()
+    key = opened(data).key()
+    path = I.cache_path(opened(data), tokenizer, tmp_path, False)
+    for folder, _, names in os.walk(data):
+        for name in names:
+            os.utime(f'{folder}/{name}', (1, 1))
+    os.rename(data, f'{tmp_path}/moved')
+    assert opened(f'{tmp_path}/moved').key() == key == json.loads(json.dumps(key))
+    assert I.cache_path(opened(f'{tmp_path}/moved'), tokenizer, tmp_path, False) == path
+
+    def changed(name, change):
+        """The key with one file's bytes changed; size and times stay."""
+        with open(f'{tmp_path}/moved/{name}', 'rb') as file:
+            content = file.read()
+        write(f'{tmp_path}/moved/{name}', change(content))
+        os.utime(f'{tmp_path}/moved/{name}', (1, 1))
+        other = opened(f'{tmp_path}/moved').key()
+        write(f'{tmp_path}/moved/{name}', content)
+        return other
+
+    def one_pixel(content):
+        middle = len(content) // 2 + 5000
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+    def other_end(content):
+        return content[:-20] + bytes(8) + content[-12:]        # of a PNG, its check sum
+
+    assert changed('cat/plain.bmp', one_pixel) != key
+    assert changed('cat/large.png', other_end) != key
+    assert opened(f'{tmp_path}/moved').key() == key
+    os.rename(f'{tmp_path}/moved/cat/0.png', f'{tmp_path}/moved/cat/swap')
+    os.rename(f'{tmp_path}/moved/cat/1.png', f'{tmp_path}/moved/cat/0.png')
+    os.rename(f'{tmp_path}/moved/cat/swap', f'{tmp_path}/moved/cat/1.png')
+    source = opened(f'{tmp_path}/moved')
+    assert source.key() != key
+    write(path, 'an old one')
+    with capture() as text:
+        I.token_data(source, tokenizer, tmp_path, CPU)
+    assert '1 token caches of other images' in text.getvalue() and os.path.basename(path) in text.getvalue()
+
+
+def test_an_empty_token_table_takes_its_room_and_its_integers_hold_every_class(tmp_path):
+    for n, dtype in ((128, np.int8), (129, np.int16), (32_768, np.int16), (32_769, np.int32)):
+        assert I.id_type(n) == dtype and np.iinfo(dtype).max >= n - 1
+    source = SimpleNamespace(words=range(40_000), caption_length=1, length=30_000)
+    tokenizer = SimpleNamespace(V=12, N=16)
+    path = f'{tmp_path}/tokens.npy'
+    I.create_table(source, tokenizer, path, False)
+    table = np.load(f'{path}.partial', mmap_mode='r')
+    assert table.dtype == np.int32 and table.shape == (30_000, 18) and not table.any()
+    status = os.stat(f'{path}.partial')
+    assert status.st_blocks * 512 >= status.st_size            # no holes, which a full disk could not fill
+    os.remove(f'{path}.partial')
+    with mock.patch.object(I, 'reserve', side_effect=OSError('No space left')), exits_with('No space left'):
+        I.create_table(source, tokenizer, path, False)
+    assert os.listdir(tmp_path) == []

@@ -332,6 +332,23 @@ def wrong_caption(caption, u):
     return ' '.join(words)
 
 
+def mirrored(caption):
+    """The caption of the mirror image: left and right exchanged, in any text in English."""
+    return re.sub(LEFT_OR_RIGHT, other_side, caption, flags=re.IGNORECASE)
+
+
+LEFT_OR_RIGHT = r'(?<![^\W_])(left|right)(?=most|hand|ward|[\W_]|$)'      # not in bright or cleft
+
+
+def other_side(match):
+    """A match of one side -> the other, with capitals where the first has them."""
+    word = match[0]
+    other = 'right' if word.lower() == 'left' else 'left'
+    if word.isupper():
+        return other.upper()
+    return other.capitalize() if word.istitle() else other
+
+
 def exchanged(words, j, k):
     """A copy of the list with the words at j and k exchanged."""
     words = list(words)
@@ -609,6 +626,14 @@ class Shapes:
         """index (B,) -> captions alone."""
         choices = random_choices(np.asarray(index, dtype=np.int64))
         return captions_of_scenes(choices, arrange(choices, open_background=False))
+
+    def readable(self, index, n):
+        """The first n of the indices: all can be drawn."""
+        return index[:n]
+
+    def mirrored(self, caption):
+        """What the mirror image shows."""
+        return mirrored(caption)
 
     def key(self):
         """What the content depends on, a list that JSON can hold."""
