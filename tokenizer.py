@@ -270,8 +270,7 @@ class Tokenizer(nn.Module):
                                             saved.get('n_head'))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f'{error} {moved}') from None
-        found = tokenizer.source['digest']
-        if found != saved.get('digest', found):
+        if tokenizer.source['digest'] != saved.get('digest'):
             raise ValueError(f'{tokenizer.source["path"]}: other weights than this run was made with {moved}')
         return tokenizer
 

@@ -17,7 +17,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from common.files import WEIGHT_FILES, fill, open_hub, read_published, shape_of
+from common.files import (WEIGHT_FILES, check_all_finite, fill, open_hub, printable,
+                          read_published, shape_of)
 from common.run import is_rank0, rng_for
 
 ACTIVATIONS = ('quick_gelu', 'gelu')   # MaskGen's tower, ViT-L/14; Meissonic's, ViT-H/14
@@ -108,12 +109,13 @@ def tower_from_hub(path):
         missing = sorted(report['missing_keys'])           # these would stay random
         if missing:
             raise ValueError(f'it has no {missing[0]}')
+    check_all_finite(tower, path)
     return tower.float()
 
 
 def tower_from_weights(path, activation, n_head):
     """A tower from a folder, a file or a dict."""
-    weights, name = read_published(path, 'text_encoder')
+    weights, name = read_published(path, 'text_encoder', (TOKENS, 'token_embedding.weight'))
     w = {}
     for key, value in weights.items():
         if not key.startswith(NOT_TEXT):
@@ -130,7 +132,7 @@ def tower_from_weights(path, activation, n_head):
         n_head = settings.pop('num_attention_heads', width // HEAD_WIDTH)
     if n_head < 1 or width % n_head:
         raise ValueError(f'{name}: width {width} does not fall into {n_head} heads (published: one '
-                         f'per {HEAD_WIDTH} columns); give n_head=...')
+                         f'per {HEAD_WIDTH} columns); give n_head=..., or a config.json in its folder')
     settings['num_attention_heads'] = n_head
     with hub(name) as transformers:
         config = transformers.CLIPTextConfig(**settings)
