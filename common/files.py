@@ -191,7 +191,7 @@ def open_hub(place, purpose, what, expected):
     except Exception as error:         # transformers raises many kinds here
         reason = first_line(error, 200)
         if isinstance(error, KeyError):
-            reason = f'it has no {error}'
+            reason = f'it has no {printable(error)}'
         raise ValueError(f'cannot load {what} from {place}: {reason}; {expected}') from None
 
 
@@ -337,6 +337,10 @@ def read_published(source, part='', landmarks=()):
     tensors = find_network(state, landmarks, name)
     if not tensors:
         raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
+    empty = [key for key, value in tensors.items() if value.is_meta]
+    if empty and (state is not source or len(empty) < len(tensors)):   # a dict of shapes alone is one
+        raise ValueError(f'{name}: {empty[0]} is a meta tensor, a shape without numbers; save the '
+                         'weights themselves')
     return tensors, name
 
 
@@ -366,7 +370,7 @@ def find_network(state, landmarks, name):
     if len(found) > 1 and is_rank0():
         listed = ', '.join(place or '(no prefix)' for place in found)
         print(f'note: {name}: holds this network {len(found)} times: {printable(listed, 200)}; '
-              f'{chosen or "(no prefix)"} is taken; for another save its state dict alone')
+              f'{printable(chosen) or "(no prefix)"} is taken; for another save its state dict alone')
     plain = {}
     for key, value in found[chosen].items():
         odd = odd_kind(value)
@@ -418,7 +422,7 @@ def weight_file(path, part=''):
     if os.path.isdir(path):
         path = os.path.join(path, choose_file(path, part))
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such file; expected published weights (see README.md)')
+        raise FileNotFoundError(f'{printable(path, 500)}: no such file; expected published weights (see README.md)')
     return path
 
 
@@ -896,6 +900,7 @@ PIECE = 2 ** 20    # numbers
 def copied(theirs):
     """A copy in float32, piece by piece, where each is taken out of memory before the next comes in:
     memory so holds the weights once."""
+    theirs = theirs.detach()
     if theirs.dim() == 0:
         return theirs.to(torch.float32, copy=True)
     copy = torch.empty(theirs.shape, dtype=torch.float32, device=theirs.device)

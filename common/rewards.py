@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (build, check_all_finite, load_checkpoint, open_hub, read_published, restore,
-                          save_checkpoint)
+from common.files import (build, check_all_finite, load_checkpoint, open_hub, printable,
+                          read_published, restore, save_checkpoint)
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.run import cosine_law, meet, progress, rng_for
@@ -716,7 +716,7 @@ def make_rewards(path, loaded, settings, run):
     made = load_checkpoint(path, 'rewards', fallback=True)
     wanted = loaded.data, settings['reward_steps'], words
     if (made.get('data'), made['step'], made['words']) != wanted:
-        raise ValueError(f'{path}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} words), '
+        raise ValueError(f'{path}: made in {made["step"]} steps for {printable(made.get("data"))} ({len(made["words"])} words), '
                          f'expected {settings["reward_steps"]} for {loaded.data} ({len(words)}); delete it, or '
                          'choose another --out_dir')
 

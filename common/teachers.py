@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import (build, count_numbers, exists, fill, found_numbers, load_checkpoint, read_published, restore,
-                          seeded, shape_of)
+from common.files import (build, count_numbers, exists, fill, found_numbers, load_checkpoint, printable, read_published,
+                          restore, seeded, shape_of)
 from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
@@ -317,7 +317,7 @@ def saved_stage(script, data, folder):
     state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True)
     made_for = state['config']['data']
     if made_for != data:
-        raise ValueError(f'{path} was trained on {made_for}, not on {data}; give each data set a folder of its own, '
+        raise ValueError(f'{path} was trained on {printable(made_for)}, not on {data}; give each data set a folder of its own, '
                          f'--out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
                          f'--teacher_ckpt={folder}/model.pt')
     return state
@@ -459,7 +459,7 @@ def maskbit_config(w, name, size, length, D):
 
 def check_kind(kind):
     if kind not in KINDS:
-        raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(KINDS)}')
+        raise ValueError(f'unknown kind {printable(repr(kind))}; supported: {", ".join(KINDS)}')
 
 
 # -----------------------------------------------------------------------------

@@ -315,7 +315,7 @@ class TextEncoder:
             self.told = True
             if is_rank0():
                 print(f'note: a prompt has {n} pieces, the text tower reads {self.length}: it and '
-                      f'others like it are cut; it begins: {caption[:60]}')
+                      f'others like it are cut; it begins: {printable(caption, 60)}')
 
     def token_ids(self, captions):
         """-> ids (B, T), int64, padded with 0."""
@@ -461,7 +461,7 @@ def same_prompts(packed, before):
     made; both are what `pack` gives. Another file is a choice."""
     if packed['path'] == before['path'] and packed['digest'] != before['digest']:
         raise ValueError(f'{packed["path"]}: has changed since the checkpoint was made, where it began with '
-                         f'"{before["first"][0][:60]}"; give that file with --prompts=...')
+                         f'"{printable(before["first"][0], 60)}"; give that file with --prompts=...')
 
 
 def file_digest(path):
@@ -520,10 +520,10 @@ def text_of_entry(entry):
     """A text, or the one under "prompt" of a JSON object. Raises ValueError."""
     if isinstance(entry, dict):
         if 'prompt' not in entry:
-            raise ValueError(f'expected the key prompt, it has {", ".join(entry) or "none"}')
+            raise ValueError(f'expected the key prompt, it has {printable(", ".join(entry)) or "none"}')
         entry = entry['prompt']
     if not isinstance(entry, str):
-        raise ValueError(f'expected a text, got {str(entry)[:60]}')
+        raise ValueError(f'expected a text, got {printable(entry, 60)}')
     try:
         entry.encode('utf-8')
     except UnicodeEncodeError:
@@ -544,7 +544,7 @@ def prompts_of_json(path):
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     if not isinstance(entries, list):
-        raise ValueError(f'{path}: expected {FORMS[".json"]}, got {str(entries)[:60]}')
+        raise ValueError(f'{path}: expected {FORMS[".json"]}, got {printable(entries, 60)}')
     prompts = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -564,7 +564,7 @@ def prompts_of_csv(path):
             columns = table.fieldnames or []
             if 'text' not in columns:
                 raise ValueError(f'{path}: expected the column text, it has '
-                                 f'{", ".join(columns) or "none"}')
+                                 f'{printable(", ".join(columns)) or "none"}')
             for row in table:
                 if None in row:                                # where csv puts what is too much
                     raise ValueError(f'{path}, line {table.reader.line_num}: more columns than the '
