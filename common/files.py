@@ -160,6 +160,9 @@ def not_the_stage(state, stage):
         return 'not a checkpoint of this project (no "stage" entry)'
     if stage and found not in stage.split('|'):
         return f'is a {printable(found, 40)} checkpoint, expected {stage.replace("|", " or ")}'
+    for key in ('config', 'args', 'tokenizer'):
+        if not isinstance(state.get(key, {}), dict):
+            return f'its entry {key!r} is no dict; was it edited? Make it anew'
     return ''
 
 
@@ -236,7 +239,8 @@ def load_resumed(path, stage, config):
 def restore(module, weights, path, name):
     """Strict loading; ValueError says which file and which keys."""
     if not isinstance(weights, dict):
-        raise ValueError(f'{path}: {name} is no dict of tensors by name; was it edited? Make it anew')
+        raise ValueError(f'{path}: {name} is no dict of tensors by name; was it edited? Make it '
+                         'anew')
     for key, own in module.state_dict().items():
         if key in weights:
             place = f'{path}: {name}: {key}'
@@ -257,15 +261,15 @@ def check_kind(value, own, place):
     if not odd and own.is_floating_point() and not value.is_floating_point():
         odd = f'of the type {str(value.dtype).removeprefix("torch.")}'
     if odd:
-        raise ValueError(f'{place} is {odd}, expected a plain tensor of float32, float16 or bfloat16; '
-                         'take the weights in one of these')
+        raise ValueError(f'{place} is {odd}, expected a plain tensor of float32, float16 or '
+                         'bfloat16; take the weights in one of these')
 
 
 def check_finite(value, place):
     """Raise ValueError where a weight holds NaN or infinite numbers."""
     if not is_finite(value):
-        raise ValueError(f'{place} holds NaN or infinite numbers, expected finite ones. Take another '
-                         'copy or an earlier checkpoint')
+        raise ValueError(f'{place} holds NaN or infinite numbers, expected finite ones. Take '
+                         'another copy or an earlier checkpoint')
 
 
 def check_all_finite(network, name):
@@ -315,8 +319,8 @@ def restore_optimizers(optimizers, states, path):
                     group['fused'] = optimizer.defaults['fused']
             optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: its optimizers do not fit ({first_line(error, 100)}); resume with the settings of Muon and of frozen '
-                         'tables that it was made with') from None
+        raise ValueError(f'{path}: its optimizers do not fit ({first_line(error, 100)}); resume with '
+                         'the settings of Muon and of frozen tables that it was made with') from None
 
 
 # -----------------------------------------------------------------------------
@@ -366,7 +370,7 @@ def find_network(state, landmarks, name):
         found = {'': max(nests.values(), key=len)}
     if not found:
         return {}
-    chosen = min(found, key=is_no_average)
+    chosen = min(found, key=by_preference)
     if len(found) > 1 and is_rank0():
         listed = ', '.join(place or '(no prefix)' for place in found)
         print(f'note: {name}: holds this network {len(found)} times: {printable(listed, 200)}; '
@@ -382,7 +386,7 @@ def find_network(state, landmarks, name):
     return plain
 
 
-def is_no_average(place):
+def by_preference(place):
     return 'ema' not in place.lower(), place.count('.')
 
 
@@ -422,7 +426,8 @@ def weight_file(path, part=''):
     if os.path.isdir(path):
         path = os.path.join(path, choose_file(path, part))
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{printable(path, 500)}: no such file; expected published weights (see README.md)')
+        raise FileNotFoundError(f'{printable(path, 500)}: no such file; expected published weights '
+                                '(see README.md)')
     return path
 
 
@@ -560,13 +565,13 @@ def read_shards(path):
             raise ValueError(f'{path}: names the file {printable(repr(shard))}, {form}')
         shard_path = os.path.join(os.path.dirname(path), shard)
         if not os.path.isfile(shard_path):
-            raise FileNotFoundError(f'{path}: lists {printable(shard)}, which is missing in this folder '
-                                    f'({len(shards)} files in all); download it, too')
+            raise FileNotFoundError(f'{path}: lists {printable(shard)}, which is missing in this '
+                                    f'folder ({len(shards)} files in all); download it, too')
         tensors.update(read_file(shard_path))
     for key, shard in places.items():
         if key not in tensors:
-            raise ValueError(f'{path}: {printable(key)} should be in {printable(shard)} and is not; '
-                             'are all files of one release?')
+            raise ValueError(f'{path}: {printable(key)} should be in {printable(shard)} and is '
+                             'not; are all files of one release?')
     return tensors
 
 
@@ -597,9 +602,9 @@ def read_safetensors(path):
     tensors, position = {}, 0
     for begin, end, name, dtype, shape in entries:
         if begin != position or end > len(data):
-            raise ValueError(f'{path}: {printable(name)} should be bytes {begin} to {end}, expected a begin at '
-                             f'{position} and an end within {len(data)}; the file is cut off or its '
-                             'header wrong. Download it again')
+            raise ValueError(f'{path}: {printable(name)} should be bytes {begin} to {end}, expected '
+                             f'a begin at {position} and an end within {len(data)}; the file is cut '
+                             'off or its header wrong. Download it again')
         if begin == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
         else:
@@ -665,8 +670,8 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 
 
 class Inert(dict):
-    """Stands for every class and function that a file refers to: nothing is executed. It takes
-    whatever a pickle does to an object, and keeps what is put into it by name."""
+    """Stands for every class and function that a file refers to, OrderedDict among them: nothing is
+    executed. It takes whatever a pickle does to an object, and keeps what is put into it by name."""
 
     def __new__(cls, *arguments, **named):
         return dict.__new__(cls)
@@ -718,7 +723,7 @@ class Rebuild:
             kind = self.name.removeprefix('_rebuild_').replace('_', ' ')
             return OddTensor(f'of the kind "{printable(kind, 40)}"')
         storage, offset, size, stride, *rest = arguments
-        if self.name == '_rebuild_tensor_v3':              # the type is told here, the storage has none
+        if self.name == '_rebuild_tensor_v3':              # of a storage without a type
             storage = storage.view(rest[2])
         return storage.as_strided(size, stride, offset)
 
@@ -740,8 +745,6 @@ class TensorReader(pickle.Unpickler):
         super().__init__(io.BytesIO(archive.read(pickled)), encoding='latin1')
 
     def find_class(self, module, name):
-        if (module, name) == ('collections', 'OrderedDict'):
-            return OrderedDict
         if module in ('torch._utils', 'torch._tensor') and name.startswith('_rebuild_'):
             return Rebuild(name)
         if module in ('torch', 'torch.storage') and name in STORAGES:
@@ -772,7 +775,7 @@ class TensorReader(pickle.Unpickler):
                 data = data.reshape(-1, dtype.itemsize)[:, ::-1].flatten()
         else:
             head = entry.header_offset
-            lengths = self.whole[head + 26:head + 30].view('<u2')      # of the name, and of what follows
+            lengths = self.whole[head + 26:head + 30].view('<u2')      # of the name, of the rest
             begin = head + 30 + int(lengths.sum())
             data = self.whole[begin:begin + entry.file_size]
         return torch.from_numpy(data[:size])
@@ -802,7 +805,8 @@ def read_torch(path):
 
 
 def read_old(path):
-    """What a file of torch.save from before 2020 holds, which is no zip: tensors and plain containers."""
+    """What a file of torch.save from before 2020 holds, which is no zip: tensors and plain
+    containers."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many kinds here
@@ -861,8 +865,8 @@ def shape_of(weights, name, what, key, *wanted):
     place = f'{name}: {key}, expected {form} in {what},'
     if key not in weights:
         some = ', '.join(list(weights)[:3])
-        raise ValueError(f'{place} is missing; the file begins with {some} ({len(weights)} in all). Is this '
-                         'the right file, and whole?')
+        raise ValueError(f'{place} is missing; the file begins with {some} ({len(weights)} in all). '
+                         'Is this the right file, and whole?')
     found = tuple(weights[key].shape)
     fits = len(found) == len(wanted) and all(f == (w or f) and f for f, w in zip(found, wanted))
     if not fits:
@@ -888,8 +892,8 @@ def fill(network, weights, rename, name):
         if has_hole(copies[key]) and not key.startswith('null_'):      # which no file holds
             holes.append(wanted[key])
     if holes and is_rank0():
-        print(f'note: {name}: {len(holes)} tensors have {HOLE} zeros in a row, the first is {holes[0]}; '
-              'is the file whole?')
+        print(f'note: {name}: {len(holes)} tensors have {HOLE} zeros in a row, the first is '
+              f'{holes[0]}; is the file whole?')
     network.load_state_dict(copies, assign=True)
     return network.eval()
 
@@ -898,8 +902,8 @@ PIECE = 2 ** 20    # numbers
 
 
 def copied(theirs):
-    """A copy in float32, piece by piece, where each is taken out of memory before the next comes in:
-    memory so holds the weights once."""
+    """A copy in float32, piece by piece, where each is taken out of memory before the next comes
+    in: memory so holds the weights once."""
     theirs = theirs.detach()
     if theirs.dim() == 0:
         return theirs.to(torch.float32, copy=True)
@@ -911,7 +915,7 @@ def copied(theirs):
     return copy
 
 
-HOLE = 4096        # zeros: 16 kB in float32. Of a file that was not written to its end, blocks are zero
+HOLE = 4096        # zeros, 16 kB in float32: what was never written of a file reads as zeros
 
 
 def has_hole(value):
@@ -923,17 +927,25 @@ def has_hole(value):
 
 
 def tell_unused(extra, wanted, name):
-    """Say what a file holds and its network does not need (buffers of its training, a loss, another
-    network). A layer inside a part that the network has would change what it computes: ValueError."""
+    """Say what a file holds and its network does not need (buffers of its training, a loss). A layer
+    inside a part that the network has would change what it computes: ValueError."""
     roots = {key.split('.')[0] for key in wanted if '.' in key}
     owners = {key.rpartition('.')[0] for key in wanted} - {''}
     for key in extra:
         inside = key.split('.')[0] in roots and key.endswith(('weight', 'bias'))
         if inside or key.rpartition('.')[0] in owners:
-            raise ValueError(f'{name}: {key} is a layer, or a part of one, that this network has no place '
-                             'for: it would compute something else. Is this the right file?')
+            raise ValueError(f'{name}: {key} is a layer, or a part of one, that this network has no '
+                             'place for: it would compute something else. Is this the right file?')
     if extra and is_rank0():
-        print(f'note: {name}: {len(extra)} tensors are not needed and left out, the first is {extra[0]}')
+        print(f'note: {name}: {len(extra)} tensors are not needed and left out, the first is '
+              f'{extra[0]}')
+
+
+def needed(network, weights, name):
+    """Those of the weights that a network has, for `restore`; what else there is, is said."""
+    wanted = network.state_dict().keys()
+    tell_unused(sorted(weights.keys() - wanted), set(wanted), name)
+    return {key: weights[key] for key in wanted if key in weights}
 
 
 def found_numbers(weights, pattern):

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (build, check_all_finite, load_checkpoint, open_hub, printable,
+from common.files import (build, check_all_finite, load_checkpoint, needed, open_hub, printable,
                           read_published, restore, save_checkpoint)
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
@@ -257,7 +257,7 @@ def load_hps(path, clip_path):
         model = transformers.CLIPModel(config)
         state = from_open_clip(read_published(path, landmarks=('visual.proj',))[0])
         words = transformers.AutoTokenizer.from_pretrained(clip_path)
-    restore(model, state, path, 'HPSv2.1')
+    restore(model, needed(model, state, path), path, 'HPSv2.1')
     return model, words
 
 
@@ -391,10 +391,11 @@ def image_reward(path, bert_path, device):
     map of its first state (five layers without activations). Words and pixels meet in every layer,
     so there are no text features to remember. Raises ValueError."""
     with hub(path) as transformers:
-        state = from_imagereward(read_published(path, landmarks=('blip.visual_encoder.cls_token',))[0])
+        weights = read_published(path, landmarks=('blip.visual_encoder.cls_token',))[0]
+        state = from_imagereward(weights)
         network = imagereward_network(transformers, state)
         words = transformers.AutoTokenizer.from_pretrained(bert_path)
-    restore(network, state, path, 'ImageReward')
+    restore(network, needed(network, state, path), path, 'ImageReward')
     network = frozen(network, device)
     read_words = word_reader(words, IMAGEREWARD_WORDS, network.text.config.vocab_size, bert_path)
 

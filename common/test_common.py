@@ -1394,6 +1394,38 @@ def test_clip_score_and_pickscore_follow_their_formulas(tmp_path):
         rewards.clip_reward('pick', f'{tmp_path}/half', tmp_path, 'cpu')
 
 
+def test_a_reward_that_cannot_read_its_prompts_is_refused(tmp_path):
+    transformers = transformers_or_skip()
+    network, _ = tiny_clip(tmp_path)
+    network.save_pretrained(f'{tmp_path}/wordless')
+    torch.save(to_open_clip(network.state_dict()), f'{tmp_path}/hps.pt')
+    torch.save(imagereward_state(transformers)[0], f'{tmp_path}/ImageReward.pt')
+    paths = {'clipscore': f'{tmp_path}/wordless', 'pick': tmp_path, 'hps': f'{tmp_path}/hps.pt'}
+    for kind, path in paths.items():
+        with exits_with(f'{tmp_path}/wordless', 'knows 0 of 10 common words'):
+            rewards.clip_reward(kind, path, f'{tmp_path}/wordless', 'cpu')
+    with exits_with(f'{tmp_path}/wordless', 'knows 0 of 10 common words'):
+        rewards.image_reward(f'{tmp_path}/ImageReward.pt', f'{tmp_path}/wordless', 'cpu')
+
+    def few_words(prompts, **options):                     # as an invented tokenizer reads
+        ids = torch.tensor([[1, *[0] * 10, 2]] * len(prompts))
+        return dict(input_ids=ids, attention_mask=ids)
+    with exits_with('x: ', 'knows 0 of 10 common words'):
+        rewards.word_reader(few_words, 12, 10, 'x')
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    with exits_with('x: ', 'gives the id 9', 'has 9'):
+        rewards.word_reader(words, 12, 9, 'x')
+    network.config.text_config.eos_token_id = 77           # which ends no prompt
+    network.save_pretrained(f'{tmp_path}/endless')
+    with exits_with('says the same of two prompts', 'endless'):
+        rewards.clip_reward('pick', f'{tmp_path}/endless', tmp_path, 'cpu')
+    network.config.text_config.eos_token_id = 2
+    network.logit_scale.data *= np.nan
+    network.save_pretrained(f'{tmp_path}/nan')
+    with exits_with('nan: logit_scale holds NaN'):
+        rewards.clip_reward('pick', f'{tmp_path}/nan', tmp_path, 'cpu')
+
+
 # Our own list of names, so that a mistake in the code's is seen
 TO_OPEN_CLIP = (
     ('vision_model.', 'visual.'), ('text_model.', ''), ('encoder.layers', 'transformer.resblocks'),
@@ -1436,7 +1468,7 @@ def test_hps_is_read_from_open_clip_names(tmp_path):
     for key, value in state.items():
         assert torch.equal(again[key], value), key
     path = f'{tmp_path}/hps.pt'
-    torch.save(dict(state_dict=names), path)
+    torch.save(dict(state_dict={**names, 'attn_mask': torch.ones(2)}), path)
     score = rewards.clip_reward('hps', path, tmp_path, 'cpu')(images, [RED, 'a circle'])
     assert torch.allclose(score, clip_cosine(network, images, ids), atol=1e-5)
     with exits_with('no.pt: no such file', '--hps_path'):
@@ -1471,10 +1503,9 @@ def tiny_blip(transformers):
     return text.eval(), eyes.eval(), layers
 
 
-def test_imagereward_reads_its_published_names(tmp_path):
-    images = two_images()
-    _, ids = tiny_clip(tmp_path)                           # only its word tokenizer is used
-    text, eyes, layers = tiny_blip(transformers_or_skip())
+def imagereward_state(transformers):
+    """The file of a small ImageReward, and its three parts."""
+    text, eyes, layers = tiny_blip(transformers)
     state = {'blip.vision_proj.weight': torch.ones(1)}     # unused
     for number, layer in layers.items():
         state[f'mlp.layers.{number}.weight'] = layer.weight.detach()
@@ -1483,6 +1514,13 @@ def test_imagereward_reads_its_published_names(tmp_path):
         state[f'blip.text_encoder.{key}'] = value
     for key, value in eyes.state_dict().items():
         state[f'blip.visual_encoder.{replace_all(key, TO_BLIP)}'] = value
+    return state, text, eyes, layers
+
+
+def test_imagereward_reads_its_published_names(tmp_path):
+    images = two_images()
+    _, ids = tiny_clip(tmp_path)                           # only its word tokenizer is used
+    state, text, eyes, layers = imagereward_state(transformers_or_skip())
     path = f'{tmp_path}/ImageReward.pt'
     torch.save(state, path)
     score = rewards.image_reward(path, tmp_path, 'cpu')(images, [RED, 'a circle'])
@@ -1530,6 +1568,7 @@ def test_files_that_are_no_checkpoint_of_the_stage_asked_for_are_explained(tmp_p
     save_checkpoint(path, dict(stage='model', step=1))
     save_checkpoint(path, dict(stage='model', step=2))     # nothing stands in for a whole file
     problems = {'not a checkpoint of this project': dict(weights=torch.ones(3)),
+                "its entry 'config' is no dict": dict(stage='model', config=3),
                 'is a tokenizer checkpoint, expected model or distill': dict(stage='tokenizer')}
     for words, foreign in problems.items():
         torch.save(foreign, path)

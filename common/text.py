@@ -255,7 +255,8 @@ def check_reads_text(encode_ids):
     if first == second or 2 * known <= len(COMMON_WORDS):
         raise ValueError(f'the word tokenizer knows {known} of {len(COMMON_WORDS)} common words '
                          f'({", ".join(COMMON_WORDS)}) and cannot tell prompts apart; are its '
-                         'files vocab.json and merges.txt, or tokenizer.json, there and whole?')
+                         'files (tokenizer.json, or vocab.json and merges.txt, or vocab.txt) there and '
+                         'whole?')
 
 
 def plain_ids(rows):
