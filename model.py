@@ -432,6 +432,8 @@ def sampling_plan(steps, N, law='maskgit', power=3.0):
         wanted = (N * mask_ratio(q[:-1], schedule).clamp(1e-6, 1)).floor()
         counts = counts_of(wanted.int().tolist(), N)
     if law == 'maskbit':
+        if power < 0:
+            raise ValueError(f'power = {power} of the maskbit law, expected 0 or more (published 2.5 or 3)')
         guidance = (1 - torch.cos(math.pi * (j / steps) ** power)) / 2
         noise = 1 - q
     if law == 'maskgen':
@@ -693,7 +695,7 @@ if __name__ == '__main__':
     from common.metrics import render
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
                             micro_rng, millions, progress, report_bench, same_weights, set_rates, start_run, take_step)
-    from tokenizer import Tokenizer
+    from common.teachers import unpack_tokenizer
 
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
@@ -702,7 +704,7 @@ if __name__ == '__main__':
     out, tokenizer_path = os.path.join(out_dir, 'model.pt'), os.path.join(out_dir, 'tokenizer.pt')
     claim(out, resume or overwrite or bench)
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
-    tokenizer = Tokenizer.from_checkpoint(packed).to(run.device)
+    tokenizer = unpack_tokenizer(packed, place=tokenizer_path).to(run.device)
     source = open_data(data, tokenizer.config['image_size'], n_images, out_dir=out_dir)
     table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
     dataset = TokenData(table, tokenizer.N, source.words)

@@ -92,7 +92,7 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     layout=('', 'geneval', 'hpsv2', 'mjhq'),
     weights=('ema', 'net'),
     n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
-    r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6)
+    r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6, power=0)
 # -----------------------------------------------------------------------------
 
 GIVEN = ()             # the settings that the command line names: `configure` writes it

@@ -265,14 +265,16 @@ class Tokenizer(nn.Module):
             tokenizer = cls(**saved['args'])
             tokenizer.load_state_dict(saved['net'])
             return tokenizer.eval().requires_grad_(False)
+        if 'digest' not in saved:
+            raise ValueError('a checkpoint names its tokenizer without a digest, so no file can be proved to be the '
+                             'one that it was made with; make it anew')
         moved = '(a checkpoint names this tokenizer; if it moved: --tokenizer_path=...)'
         try:
             tokenizer = cls.from_pretrained(saved['kind'], path or saved['path'], saved['grid'], saved.get('S', 0),
                                             saved.get('n_head'))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f'{error} {moved}') from None
-        found = tokenizer.source['digest']
-        if found != saved.get('digest', found):
+        if tokenizer.source['digest'] != saved['digest']:
             raise ValueError(f'{tokenizer.source["path"]}: other weights than this run was made with {moved}')
         return tokenizer
 

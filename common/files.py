@@ -3,10 +3,12 @@ import contextlib
 import ctypes
 import glob
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -19,7 +21,7 @@ from common.run import is_rank0, writing
 
 WEIGHT_FILES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
 INDEX_FILE = re.compile(r'\.(safetensors|bin)\.index(\.(fp16|bf16))?\.json$')
-SHARD = re.compile(r'-\d+-of-\d+\.')                   # model-00001-of-00003.safetensors
+SHARD = re.compile(r'-(\d+)-of-(\d+)\.')               # model-00001-of-00003.safetensors
 HALF = re.compile(r'[._-](fp16|bf16)[._-]')             # model.fp16.safetensors
 USUAL_NAMES = ('model.', 'pytorch_model.', 'diffusion_pytorch_model.')
 
@@ -81,13 +83,44 @@ def load_checkpoint(path, stage='', hint='', fallback=False):
         problem = not_the_stage(state, stage)
     if problem:
         raise ValueError(f'{path}: {problem}. {hint}'.strip())
-    return state
+    return Entries(state, path)
+
+
+class Entries(OrderedDict):
+    """What a checkpoint holds, or a dict in it, where an entry that is asked for and missing is a
+    ValueError that names the file. torch.save writes it as an OrderedDict, which is read again."""
+
+    def __init__(self, entries, place):
+        super().__init__(entries)
+        self.place = place
+        for key in INNER:
+            if isinstance(self.get(key), dict):
+                self[key] = Entries(self[key], f'{place}: {key}')
+
+    def __missing__(self, key):
+        raise ValueError(f'{self.place}: has no entry {key!r}, which this project writes; was it '
+                         'edited, or made by an older version? Make it anew')
+
+    def __reduce__(self):
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+INNER = ('config', 'args', 'tokenizer', 'prompts')     # dicts in a checkpoint whose entries we know
+
+
+def build(cls, args, path):
+    """A network from the settings in a checkpoint. Raises ValueError where these make none."""
+    try:
+        return cls(**args)
+    except (TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f'{path}: its "args" make no {cls.__name__} ({first_line(error, 120)}); '
+                         'was it edited? Make it anew') from None
 
 
 def read_checkpoint(path, mapped=False):
     """-> what the file holds, and what is wrong with it or ''. Mapped: tensors are read when used."""
     try:
-        mapped = mapped and zipfile.is_zipfile(path)
+        mapped = mapped and can_be_mapped(path)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped), ''
     except FileNotFoundError:
         return None, 'no such checkpoint'
@@ -95,6 +128,24 @@ def read_checkpoint(path, mapped=False):
         if type(error).__name__ == 'UnpicklingError' and is_pickle(path):
             return None, 'refused, it holds more than tensors and plain containers (nothing in it was executed)'
         return None, f'truncated or not a checkpoint ({first_line(error, 80)})'
+
+
+def can_be_mapped(path):
+    """Do the tensors stand in a file of torch.save as they do in memory? Compressed ones, and those
+    of another byte order, must be read instead."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        return stored and not is_big_endian(archive)
+
+
+def is_big_endian(archive):
+    """The order of the bytes in a file of torch.save is an entry of its own; old ones have none."""
+    for name in archive.namelist():
+        if name.endswith('/byteorder'):
+            return archive.read(name) == b'big'
+    return False
 
 
 def is_pickle(path):
@@ -109,13 +160,25 @@ def not_the_stage(state, stage):
     if not isinstance(found, str):
         return 'not a checkpoint of this project (no "stage" entry)'
     if stage and found not in stage.split('|'):
-        return f'is a {found} checkpoint, expected {stage.replace("|", " or ")}'
+        return f'is a {printable(found, 40)} checkpoint, expected {stage.replace("|", " or ")}'
+    for key in ('config', 'args', 'tokenizer'):
+        if not isinstance(state.get(key, {}), dict):
+            return f'its entry {key!r} is no dict; was it edited? Make it anew'
     return ''
 
 
+def printable(text, most=100):
+    """Any text of a file as part of a message: one line, short, nothing that steers a terminal."""
+    text = re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', str(text)[:10 * most])      # colours
+    shown = ''.join(letter if letter.isprintable() else '?' for letter in text)
+    if len(shown) > most:
+        return shown[:most - 3] + '...'
+    return shown
+
+
 def first_line(error, most):
-    text = str(error) or 'empty'
-    return text.splitlines()[0][:most]
+    lines = str(error).splitlines() or ['empty']
+    return printable(lines[0], most)
 
 
 @contextlib.contextmanager
@@ -132,7 +195,7 @@ def open_hub(place, purpose, what, expected):
     except Exception as error:         # transformers raises many kinds here
         reason = first_line(error, 200)
         if isinstance(error, KeyError):
-            reason = f'it has no {error}'
+            reason = f'it has no {printable(error)}'
         raise ValueError(f'cannot load {what} from {place}: {reason}; {expected}') from None
 
 
@@ -142,9 +205,12 @@ def settings_of(path, keys):
     state, problem = read_checkpoint(path, mapped=True)
     if problem:
         state, problem = read_checkpoint(previous(path), mapped=True)
-    if problem or not isinstance(state, dict):
+    config = None
+    if not problem and isinstance(state, dict):
+        config = state.get('config')
+    if not isinstance(config, dict):
         return {}
-    made = {key: value for key, value in state.get('config', {}).items() if key in keys}
+    made = {key: value for key, value in config.items() if key in keys}
     if not os.path.exists(made.get('teacher_ckpt', '')):       # gone; model.pt beside the checkpoint may do
         made.pop('teacher_ckpt', None)
     return made
@@ -173,7 +239,7 @@ def load_resumed(path, stage, config):
     for key, value in config.items():
         before = state['config'].get(key, value)
         if before != value and key not in ('resume', 'overwrite', 'bench', 'out_dir'):
-            other.append(f'--{key}={value} (it had {before})')
+            other.append(f'--{key}={value} (it had {printable(before)})')
     if other and is_rank0():
         print(f'note: {path} continues with {", ".join(other)}')
     return state
@@ -181,12 +247,69 @@ def load_resumed(path, stage, config):
 
 def restore(module, weights, path, name):
     """Strict loading; ValueError says which file and which keys."""
+    if not isinstance(weights, dict):
+        raise ValueError(f'{path}: {name} is no dict of tensors by name; was it edited? Make it '
+                         'anew')
+    for key, own in module.state_dict().items():
+        if key in weights:
+            place = f'{path}: {name}: {key}'
+            check_kind(weights[key], own, place)
+            check_finite(weights[key], place)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        lines = [printable(line.strip(), 300) for line in str(error).splitlines()[1:4]]
         raise ValueError(f'{path}: {name} does not fit this network: {" ".join(lines)} Was it made with other sizes? '
                          'Use the same settings, or another --out_dir.') from None
+
+
+def check_kind(value, own, place):
+    """Raise ValueError unless a tensor of a file can be the weight `own`: a plain one, and of
+    numbers with a fraction where that has them."""
+    odd = 'no tensor' if not is_tensor(value) else odd_kind(value)
+    if not odd and own.is_floating_point() and not value.is_floating_point():
+        odd = f'of the type {str(value.dtype).removeprefix("torch.")}'
+    if odd:
+        raise ValueError(f'{place} is {odd}, expected a plain tensor of float32, float16 or '
+                         'bfloat16; take the weights in one of these')
+
+
+def check_finite(value, place):
+    """Raise ValueError where a weight holds NaN or infinite numbers."""
+    if not is_finite(value):
+        raise ValueError(f'{place} holds NaN or infinite numbers, expected finite ones. Take '
+                         'another copy or an earlier checkpoint')
+
+
+def check_all_finite(network, name):
+    """`check_finite` of all weights of a network that was read elsewhere."""
+    for key, value in network.state_dict().items():
+        check_finite(value, f'{name}: {key}')
+
+
+def is_finite(value):
+    """Without a copy of it: NaN spreads to the smallest and the largest number."""
+    if value.is_meta or not value.numel() or not value.is_floating_point():
+        return True
+    low, high = value.detach().aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def is_tensor(value):
+    return isinstance(value, (torch.Tensor, OddTensor))
+
+
+def odd_kind(value):
+    """What keeps a tensor from being a plain array, in words, or ''."""
+    if isinstance(value, OddTensor):
+        return value.kind
+    if value.is_quantized:
+        return 'a quantised tensor'
+    if value.is_nested:
+        return 'a nested tensor'
+    if value.layout != torch.strided:
+        return 'a sparse tensor'
+    return ''
 
 
 def optimizer_states(optimizers):
@@ -204,9 +327,9 @@ def restore_optimizers(optimizers, states, path):
                 if 'fused' in group:
                     group['fused'] = optimizer.defaults['fused']
             optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f'{path}: its optimizers do not fit ({error}); resume with the settings of Muon and of frozen '
-                         'tables that it was made with') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: its optimizers do not fit ({first_line(error, 100)}); resume with '
+                         'the settings of Muon and of frozen tables that it was made with') from None
 
 
 # -----------------------------------------------------------------------------
@@ -239,50 +362,96 @@ def check_origin(path, state, now):
 # -----------------------------------------------------------------------------
 # Published files
 
-class Inert:
-    """Stands for every class or function that a published file refers to: nothing is executed.
-    Without arguments it is a dict, which the file may fill (Lightning's settings), else an empty
-    object."""
-
-    def __new__(cls, *arguments):
-        return object.__new__(cls) if arguments else OrderedDict()
-
-    def __setstate__(self, state):
-        pass
-
-
-def read_published(source, part=''):
+def read_published(source, part='', landmarks=()):
     """A published file, its folder, or the dict that it holds -> (flat dict of tensors, its name in
-    errors). Read are safetensors, files of torch.save and indexes of shards; nested dicts (MaskGIT,
-    Lightning) are opened. Tensors of a file are mapped, not read: `fill` copies them, and nobody
-    may write to them. `part` is the sub-folder meant where a folder holds several networks: an
-    error names it. Raises FileNotFoundError, ValueError."""
+    errors). Read are safetensors, files of torch.save and shards. `landmarks` are names of which
+    the network has one: it is found by it in nested dicts and behind a prefix (`find_network`).
+    Tensors of a file are mapped, not read: `fill` copies them, and nobody may write to them. `part`
+    is the sub-folder meant where a folder holds several networks: an error names it. Raises
+    FileNotFoundError, ValueError."""
     if isinstance(source, dict):
-        name, tensors = 'the given dict', flat_tensors(source)
+        name, state = 'the given dict', source
     else:
         name = weight_file(os.fspath(source), part)
-        tensors = read_weights(name)
+        state = read_weights(name)
+    tensors = find_network(state, landmarks, name)
     if not tensors:
         raise ValueError(f'{name}: holds no tensors by name, expected a state dict')
+    empty = [key for key, value in tensors.items() if value.is_meta]
+    if empty and (state is not source or len(empty) < len(tensors)):   # a dict of shapes alone is one
+        raise ValueError(f'{name}: {empty[0]} is a meta tensor, a shape without numbers; save the '
+                         'weights themselves')
     return tensors, name
 
 
-def flat_tensors(state):
-    """The tensors by name of what a file holds, {} where there are none."""
-    for nest in ('model_state_dict', 'state_dict'):
-        if not isinstance(state, dict):
+# Where in a file the network is
+
+def find_network(state, landmarks, name):
+    """The tensors by name of the network that has one of the `landmarks`, or, where there is none
+    such, of the largest dict of tensors; {} where there are none. It may lie in dicts of any name
+    (state_dict, model_ema, ...), and all its names may begin with a prefix (module., _orig_mod.,
+    model., ...). Of several an average over training is taken, else the shortest prefix. Raises
+    ValueError where one of its tensors is odd."""
+    nests = dicts_of_tensors(state)
+    found = {}
+    for landmark in landmarks:
+        for place, tensors in nests.items():
+            for key in tensors:
+                if f'.{key}'.endswith(f'.{landmark}'):
+                    prefix = key[:len(key) - len(landmark)]
+                    found[place + prefix] = with_prefix(tensors, prefix)
+        if found:
             break
-        state = state.get(nest, state)
-    tensors = {}
-    if isinstance(state, dict):
-        for key, value in state.items():
-            if isinstance(key, str) and is_plain_tensor(value):
-                tensors[key] = value
-    return tensors
+    if not found and nests:
+        found = {'': max(nests.values(), key=len)}
+    if not found:
+        return {}
+    chosen = min(found, key=by_preference)
+    if len(found) > 1 and is_rank0():
+        listed = ', '.join(place or '(no prefix)' for place in found)
+        print(f'note: {name}: holds this network {len(found)} times: {printable(listed, 200)}; '
+              f'{printable(chosen) or "(no prefix)"} is taken; for another save its state dict alone')
+    plain = {}
+    for key, value in found[chosen].items():
+        odd = odd_kind(value)
+        if odd and landmarks:
+            raise ValueError(f'{name}: {key} is {odd}, expected a plain tensor; take the weights as '
+                             'float32, float16 or bfloat16')
+        if not odd:
+            plain[key] = value
+    return plain
 
 
-def is_plain_tensor(value):
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided      # not sparse
+def by_preference(place):
+    return 'ema' not in place.lower(), place.count('.')
+
+
+def with_prefix(tensors, prefix):
+    """Those whose names begin with the prefix, without it."""
+    return {key[len(prefix):]: tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def dicts_of_tensors(state):
+    """{place: tensors by name} of a dict and of all dicts in it that hold some; a place ends in a
+    dot, the first is ''. Names are made printable here, once: no name of a network changes by it."""
+    nests, seen = {}, set()
+    waiting = [('', state)]
+    while waiting:
+        place, nest = waiting.pop(0)
+        if isinstance(nest, (list, tuple)):
+            nest = dict(enumerate(nest))
+        if not isinstance(nest, dict) or id(nest) in seen:
+            continue
+        seen.add(id(nest))
+        tensors = {}
+        for key, value in nest.items():
+            if not is_tensor(value):
+                waiting.append((f'{place}{printable(key, 50)}.', value))
+            elif isinstance(key, str):
+                tensors[printable(key, 200)] = value
+        if tensors:
+            nests[place] = tensors
+    return nests
 
 
 # Which file
@@ -293,14 +462,15 @@ def weight_file(path, part=''):
     if os.path.isdir(path):
         path = os.path.join(path, choose_file(path, part))
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such file; expected published weights (see README.md)')
+        raise FileNotFoundError(f'{printable(path, 500)}: no such file; expected published weights '
+                                '(see README.md)')
     return path
 
 
 def choose_file(folder, part):
     """Full precision before fp16 and bf16, safetensors before .bin, a usual name before others, one
     file before an index of shards. Raises ValueError unless one is left."""
-    left = weight_names(folder)
+    left = weight_names(folder) or first_shards(folder)
     if not left:
         raise ValueError(no_weights(folder, part))
     for is_better in (is_full, is_safetensors, is_usual, is_whole):
@@ -322,6 +492,16 @@ def weight_names(folder):
     return names
 
 
+def first_shards(folder):
+    """The first file of each set of shards that has no index."""
+    names = []
+    for name in sorted(os.listdir(folder)):
+        shard = SHARD.search(name)
+        if shard and int(shard[1]) == 1 and name.endswith(WEIGHT_FILES):
+            names.append(name)
+    return names
+
+
 def is_full(name):
     return not HALF.search(name)
 
@@ -339,12 +519,12 @@ def is_whole(name):
 
 
 def no_weights(folder, part):
-    """What is wrong with a folder that has no weights: it holds shards without their index, or its
+    """What is wrong with a folder that has no weights: it lacks the first of its shards, or its
     sub-folders hold the weights, as in the layout of diffusers."""
     shards = [name for name in sorted(os.listdir(folder)) if SHARD.search(name)]
     if shards:
-        return (f'{folder}: holds shards of weights such as {shards[0]}, but not the index that '
-                'lists them (its name ends in .index.json); download it, too')
+        return (f'{folder}: holds shards of weights such as {shards[0]}, but neither the first of '
+                'them nor the index that lists them (its name ends in .index.json); download these')
     inside = []
     for name in sorted(os.listdir(folder)):
         below = os.path.join(folder, name)
@@ -362,19 +542,45 @@ def no_weights(folder, part):
 # What it holds
 
 def read_weights(path):
-    """The tensors by name of a weight file, or of all files of an index. Raises ValueError,
+    """What a weight file holds, or all files of an index or of a set of shards. Raises ValueError,
     FileNotFoundError."""
+    if path.endswith('.json'):
+        refuse_pointer(path)
+        return read_shards(path)
+    if SHARD.search(os.path.basename(path)):
+        return read_numbered(path)
+    return read_file(path)
+
+
+def read_file(path):
+    refuse_pointer(path)
+    if path.endswith('.safetensors'):
+        return read_safetensors(path)
+    return read_torch(path)
+
+
+def refuse_pointer(path):
     with open(path, 'rb') as file:
         if file.read(23) == b'version https://git-lfs':
             raise ValueError(f'{path}: is a pointer of Git LFS and not the weights; fetch them '
                              'with: git lfs pull')
-    if path.endswith('.json'):
-        return read_shards(path)
-    if path.endswith('.safetensors'):
-        tensors = read_safetensors(path)
-    else:
-        tensors = read_torch(path)
-    mark_mapped(tensors, path)
+
+
+def read_numbered(path):
+    """All of model-00001-of-00003.bin, -00002-, -00003-, where one of them is named."""
+    folder, name = os.path.split(path)
+    shard = SHARD.search(name)
+    tensors = {}
+    for number in range(1, int(shard[2]) + 1):
+        digits = str(number).zfill(len(shard[1]))
+        one = os.path.join(folder, name[:shard.start(1)] + digits + name[shard.end(1):])
+        try:
+            if not os.path.isfile(one):
+                raise ValueError(f'{os.path.basename(one)} is missing; download it, too')
+            tensors.update(read_file(one))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'{path}: is read with all shards of its number, as no index lists '
+                             f'them: {error}') from None
     return tensors
 
 
@@ -392,16 +598,16 @@ def read_shards(path):
     for shard in shards:
         in_this_folder = isinstance(shard, str) and os.path.basename(shard) == shard
         if not in_this_folder or not shard.endswith(WEIGHT_FILES):
-            raise ValueError(f'{path}: names the file {shard!r}, {form}')
+            raise ValueError(f'{path}: names the file {printable(repr(shard))}, {form}')
         shard_path = os.path.join(os.path.dirname(path), shard)
         if not os.path.isfile(shard_path):
-            raise FileNotFoundError(f'{path}: lists {shard}, which is missing in this folder '
-                                    f'({len(shards)} files in all); download it, too')
-        tensors.update(read_weights(shard_path))
+            raise FileNotFoundError(f'{path}: lists {printable(shard)}, which is missing in this '
+                                    f'folder ({len(shards)} files in all); download it, too')
+        tensors.update(read_file(shard_path))
     for key, shard in places.items():
         if key not in tensors:
-            raise ValueError(f'{path}: {key} should be in {shard} and is not; are all files of '
-                             'one release?')
+            raise ValueError(f'{path}: {printable(key)} should be in {printable(shard)} and is '
+                             'not; are all files of one release?')
     return tensors
 
 
@@ -432,9 +638,9 @@ def read_safetensors(path):
     tensors, position = {}, 0
     for begin, end, name, dtype, shape in entries:
         if begin != position or end > len(data):
-            raise ValueError(f'{path}: {name} should be bytes {begin} to {end}, expected a begin at '
-                             f'{position} and an end within {len(data)}; the file is cut off or its '
-                             'header wrong. Download it again')
+            raise ValueError(f'{path}: {printable(name)} should be bytes {begin} to {end}, expected '
+                             f'a begin at {position} and an end within {len(data)}; the file is cut '
+                             'off or its header wrong. Download it again')
         if begin == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
         else:
@@ -443,6 +649,7 @@ def read_safetensors(path):
     if position != len(data):
         raise ValueError(f'{path}: the last {len(data) - position} bytes are no tensor of its '
                          'header. Download it again')
+    mark_mapped(tensors, path)
     return tensors
 
 
@@ -467,7 +674,7 @@ def safetensors_entries(path, header):
 def safetensors_entry(path, name, entry):
     """One tensor of the header -> dtype, shape, first byte, end. Raises ValueError where these do
     not agree."""
-    place = f'{path}: its header says {str(entry)[:100]} of {name}'
+    place = f'{path}: its header says {printable(entry)} of {printable(name)}'
     try:
         letters, shape, (begin, end) = entry['dtype'], entry['shape'], entry['data_offsets']
         numbers = [*shape, begin, end]
@@ -486,24 +693,166 @@ def safetensors_entry(path, name, entry):
     return dtype, shape, begin, end
 
 
+# Files of torch.save: a zip of one pickle and the bytes of each storage
+
+STORAGES = {
+    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+    'BoolStorage': torch.bool, 'ComplexFloatStorage': torch.complex64,
+    'ComplexDoubleStorage': torch.complex128, 'UntypedStorage': torch.uint8,
+}
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class Inert(dict):
+    """Stands for every class and function that a file refers to, OrderedDict among them: nothing is
+    executed. It takes whatever a pickle does to an object, and keeps what is put into it by name."""
+
+    def __new__(cls, *arguments, **named):
+        return dict.__new__(cls)
+
+    def __init__(self, *arguments, **named):
+        pass
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+    def __setstate__(self, state):
+        pass
+
+    def append(self, item):
+        pass
+
+    def extend(self, items):
+        pass
+
+
+class OddTensor:
+    """Stands for a tensor of a file that is no plain array."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __setstate__(self, state):
+        pass
+
+
+class Rebuild:
+    """A function of torch, of this name, by which a pickle makes a tensor out of a storage."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __setstate__(self, state):
+        pass
+
+    def __call__(self, *arguments):
+        if self.name in ('_rebuild_parameter', '_rebuild_parameter_with_state'):
+            return arguments[0]
+        if self.name == '_rebuild_from_type_v2':
+            function, _, inner, _ = arguments
+            return function(*inner) if isinstance(function, Rebuild) else OddTensor('no array')
+        if self.name not in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3'):
+            kind = self.name.removeprefix('_rebuild_').replace('_', ' ')
+            return OddTensor(f'of the kind "{printable(kind, 40)}"')
+        storage, offset, size, stride, *rest = arguments
+        if self.name == '_rebuild_tensor_v3':              # of a storage without a type
+            storage = storage.view(rest[2])
+        return storage.as_strided(size, stride, offset)
+
+
+class TensorReader(pickle.Unpickler):
+    """Reads the pickle of a file of torch.save, of which it knows tensors and plain containers. What
+    else the file names becomes `Inert`: no class or function is imported for it, or called."""
+
+    def __init__(self, path, archive):
+        self.archive = archive
+        self.whole = np.memmap(path, np.uint8, 'c')        # 'c': privately, the file is safe
+        self.swap = is_big_endian(archive)
+        self.storages = {}
+        names = archive.namelist()
+        pickled = min([name for name in names if name.endswith('/data.pkl')], key=len, default='')
+        if not pickled:
+            raise ValueError('a zip without data.pkl')
+        self.folder = pickled.removesuffix('data.pkl')
+        super().__init__(io.BytesIO(archive.read(pickled)), encoding='latin1')
+
+    def find_class(self, module, name):
+        if module in ('torch._utils', 'torch._tensor') and name.startswith('_rebuild_'):
+            return Rebuild(name)
+        if module in ('torch', 'torch.storage') and name in STORAGES:
+            return STORAGES[name]
+        if module == 'torch' and name in DTYPES:
+            return DTYPES[name]
+        return Inert
+
+    def persistent_load(self, storage):
+        """('storage', type, name of the entry, place, count of numbers) -> the numbers, mapped."""
+        _, dtype, name, _, count = storage
+        if not isinstance(dtype, torch.dtype):             # of quantised tensors
+            return OddTensor('of a type that is not known here')
+        if name not in self.storages:
+            self.storages[name] = self.numbers(f'{self.folder}data/{name}', dtype, count)
+        return self.storages[name].view(dtype)
+
+    def numbers(self, name, dtype, count):
+        entry = self.archive.getinfo(name)
+        size = count * dtype.itemsize
+        if entry.file_size < size:
+            raise ValueError(f'{name} has {entry.file_size} bytes, expected {size}')
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        if self.swap or entry.compress_type != zipfile.ZIP_STORED:
+            data = np.frombuffer(bytearray(self.archive.read(entry)), np.uint8)
+            if self.swap:
+                data = data.reshape(-1, dtype.itemsize)[:, ::-1].flatten()
+        else:
+            head = entry.header_offset
+            lengths = self.whole[head + 26:head + 30].view('<u2')      # of the name, of the rest
+            begin = head + 30 + int(lengths.sum())
+            data = self.whole[begin:begin + entry.file_size]
+        return torch.from_numpy(data[:size])
+
+
 def read_torch(path):
-    """The tensors by name of a file of torch.save. It is mapped into memory, so that an optimizer's
-    state is never read. Foreign classes become `Inert`. Raises ValueError."""
+    """What a file of torch.save holds. It is mapped into memory, so that an optimizer's state is
+    never read; compressed numbers are read. Foreign classes become `Inert`. Raises ValueError."""
+    if not zipfile.is_zipfile(path):
+        return read_old(path)
     try:
-        packed = zipfile.is_zipfile(path)
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if packed else []
-        inert = [(Inert, name) for name in foreign]
-        with torch.serialization.safe_globals(inert):
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=packed)
+        with zipfile.ZipFile(path) as archive:
+            program = any(name.endswith('/constants.pkl') for name in archive.namelist())
+            if not program:
+                reader = TensorReader(path, archive)
+                state = reader.load()
+    except Exception as error:  # of pickle, zip and torch
+        raise ValueError(f'{path}: truncated, or not a weight file ({first_line(error, 90)}); '
+                         'nothing in it was executed. Download it again; if it is whole, save its '
+                         'state dict alone') from None
+    if program:
+        raise ValueError(f'{path}: is a TorchScript program, and no program is run here; take '
+                         "the same weights as a state dict, those of OpenAI's CLIP for MaskGen "
+                         'from openai/clip-vit-large-patch14-336')
+    mark_mapped(reader.storages, path)
+    return state
+
+
+def read_old(path):
+    """What a file of torch.save from before 2020 holds, which is no zip: tensors and plain
+    containers."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many kinds here
-        if 'torchscript' in str(error).lower():
-            raise ValueError(f'{path}: is a TorchScript program, and no program is run here; take '
-                             "the same weights as a state dict, those of OpenAI's CLIP for MaskGen "
-                             'from openai/clip-vit-large-patch14-336') from None
-        raise ValueError(f'{path}: truncated, not a weight file, or refused as unsafe '
-                         f'({first_line(error, 90)}); nothing in it was executed. Download it again; '
-                         'if it is whole, save its state dict alone') from None
-    return flat_tensors(state)
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        if found and is_pickle(path):
+            raise ValueError(f'{path}: refused, an old file (before torch 1.6) that holds more than '
+                             f'tensors, {printable(found[1])}; nothing in it was executed. Save its '
+                             'state dict alone, where it was made') from None
+        raise ValueError(f'{path}: truncated, or not a weight file ({first_line(error, 90)}); '
+                         'nothing in it was executed. Download it again') from None
 
 
 # Into a network, with the weights in memory once
@@ -551,8 +900,9 @@ def shape_of(weights, name, what, key, *wanted):
     form = '(' + ', '.join(str(size) if size else '*' for size in wanted) + ')'
     place = f'{name}: {key}, expected {form} in {what},'
     if key not in weights:
-        raise ValueError(f'{place} is missing; the file begins with {next(iter(weights))}. Is this the right file, '
-                         'and whole?')
+        some = ', '.join(list(weights)[:3])
+        raise ValueError(f'{place} is missing; the file begins with {some} ({len(weights)} in all). '
+                         'Is this the right file, and whole?')
     found = tuple(weights[key].shape)
     fits = len(found) == len(wanted) and all(f == (w or f) and f for f, w in zip(found, wanted))
     if not fits:
@@ -561,22 +911,77 @@ def shape_of(weights, name, what, key, *wanted):
 
 
 def fill(network, weights, rename, name):
-    """Put published weights of any precision strictly into a network built on the meta device, as
-    float32; `rename` translates its keys. Each is copied and then taken out of memory, which so
-    holds them once. Raises ValueError naming the first key that does not fit."""
+    """Put published weights of any precision into a network built on the meta device, as float32;
+    `rename` translates its keys. All that it needs must be there; what else the file holds is said.
+    Each is copied, and then looked at. Raises ValueError naming the first key that does not fit."""
     wanted = {key: rename(key) for key in network.state_dict()}
+    what = type(network).__name__
     for key, value in network.state_dict().items():
-        shape_of(weights, name, type(network).__name__, wanted[key], *value.shape)
-    extra = sorted(weights.keys() - wanted.values())
-    if extra:
-        raise ValueError(f'{name}: {len(extra)} keys that this network has no place for, the first is {extra[0]}. '
-                         'Is this the right file?')
-    copies = {}
-    for key, theirs in wanted.items():
-        copies[key] = weights[theirs].to(torch.float32, copy=True)
-        drop_pages(weights[theirs])
+        shape_of(weights, name, what, wanted[key], *value.shape)
+    tell_unused(sorted(weights.keys() - wanted.values()), set(wanted.values()), name)
+    copies, holes = {}, []
+    for key, own in network.state_dict().items():
+        theirs, place = weights[wanted[key]], f'{name}: {wanted[key]}'
+        check_kind(theirs, own, place)
+        copies[key] = copied(theirs)
+        check_finite(copies[key], place)
+        if has_hole(copies[key]) and not key.startswith('null_'):      # which no file holds
+            holes.append(wanted[key])
+    if holes and is_rank0():
+        print(f'note: {name}: {len(holes)} tensors have {HOLE} zeros in a row, the first is '
+              f'{holes[0]}; is the file whole?')
     network.load_state_dict(copies, assign=True)
     return network.eval()
+
+
+PIECE = 2 ** 20    # numbers
+
+
+def copied(theirs):
+    """A copy in float32, piece by piece, where each is taken out of memory before the next comes
+    in: memory so holds the weights once."""
+    theirs = theirs.detach()
+    if theirs.dim() == 0:
+        return theirs.to(torch.float32, copy=True)
+    copy = torch.empty(theirs.shape, dtype=torch.float32, device=theirs.device)
+    rows = max(1, PIECE * len(theirs) // max(1, theirs.numel()))
+    for ours, piece in zip(copy.split(rows), theirs.split(rows)):
+        ours.copy_(piece)
+        drop_pages(piece)
+    return copy
+
+
+HOLE = 4096        # zeros, 16 kB in float32: what was never written of a file reads as zeros
+
+
+def has_hole(value):
+    if value.is_meta:
+        return False
+    flat = value.reshape(-1)
+    blocks = flat[:len(flat) // HOLE * HOLE].view(-1, HOLE)
+    return not bool(blocks.any(1).all())
+
+
+def tell_unused(extra, wanted, name):
+    """Say what a file holds and its network does not need (buffers of its training, a loss). A layer
+    inside a part that the network has would change what it computes: ValueError."""
+    roots = {key.split('.')[0] for key in wanted if '.' in key}
+    owners = {key.rpartition('.')[0] for key in wanted} - {''}
+    for key in extra:
+        inside = key.split('.')[0] in roots and key.endswith(('weight', 'bias'))
+        if inside or key.rpartition('.')[0] in owners:
+            raise ValueError(f'{name}: {key} is a layer, or a part of one, that this network has no '
+                             'place for: it would compute something else. Is this the right file?')
+    if extra and is_rank0():
+        print(f'note: {name}: {len(extra)} tensors are not needed and left out, the first is '
+              f'{extra[0]}')
+
+
+def needed(network, weights, name):
+    """Those of the weights that a network has, for `restore`; what else there is, is said."""
+    wanted = network.state_dict().keys()
+    tell_unused(sorted(weights.keys() - wanted), set(wanted), name)
+    return {key: weights[key] for key in wanted if key in weights}
 
 
 def found_numbers(weights, pattern):

@@ -548,7 +548,7 @@ def published_maskgen(path, n_head=None, V=None):
     of two that leaves K = 1000, or else the largest that fits. ValueError, FileNotFoundError."""
     if path in ('random', 'random-xl'):
         return seeded(MaskGen, SIZES[path])
-    weights, name = read_published(path)
+    weights, name = read_published(path, landmarks=('text_embed_proj.weight',))
     w = dict(weights)
     w.pop('lm_head.weight', None)                              # the table once more
     config = maskgen_config(w, name, n_head or SIZES['random']['n_head'], V)
@@ -574,7 +574,7 @@ def maskgen_config(w, name, n_head, V):
     rows = size('embeddings.weight', 0, D)[0]
     if n_head < 1 or D % n_head:
         raise ValueError(f'{name}: width {D} does not fall into {n_head} heads (published: 16); '
-                         'give n_head=...')
+                         'give n_head=... (--teacher_heads)')
     if columns < C + 2 or (columns - C) % 2:
         raise ValueError(f'{name}: cond_pooled_proj.weight has {columns} columns, expected the '
                          f'text width {C} and an even number for the score. Is this the right file?')
@@ -604,7 +604,7 @@ def published_tatitok(path, n_head=None):
     the published (12, 16) unless given. Raises ValueError, FileNotFoundError."""
     if path == 'random':
         return seeded(TATiTok, TATITOK_SIZE)
-    weights, name = read_published(path)
+    weights, name = read_published(path, landmarks=('encoder.latent_token_positional_embedding',))
     w = dict(weights)
     w.pop('quantize.embed_prob', None)                         # of its training
     config = tatitok_config(w, name, n_head or TATITOK_SIZE['n_head'])

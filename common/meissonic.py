@@ -93,7 +93,8 @@ class Meissonic(JointMDM):
             raise ValueError(f'axes {tuple(axes)}: expected three even numbers with the sum '
                              f'{D // n_head}, the width of a head')
         if grid < 1 or grid % pool:
-            raise ValueError(f'grid {grid}: expected a multiple of {pool}, which divides it inside')
+            raise ValueError(f'grid {grid} (--teacher_grid): expected a multiple of {pool}, which divides '
+                             'it inside')
         self.pool = pool
         self.grid = (grid // pool, grid // pool)
         self.input_proj = nn.Sequential(RMSNorm(D), without_bias(D, D))
@@ -233,7 +234,7 @@ def published_meissonic(path, n_head=None, grid=0, axes=None):
     ValueError, FileNotFoundError."""
     if path == 'random':
         return seeded(Meissonic, SIZE)
-    weights, name = read_published(path, 'transformer')
+    weights, name = read_published(path, 'transformer', ('embed.embeddings.weight',))
     w = dict(weights)
     config = meissonic_config(w, name, n_head, grid, axes)
     V, D = config['V'], config['D']
@@ -275,7 +276,7 @@ def meissonic_config(w, name, n_head, grid, axes):
     n_head = n_head or D // head_width
     if n_head * head_width != D:
         raise ValueError(f'{name}: width {D} does not fall into {n_head} heads of {head_width}, '
-                         'the length of attn.norm_q.weight')
+                         f'the length of attn.norm_q.weight; leave out n_head (--teacher_heads)')
     grid = grid or (64 if pool == 2 else 32)
     if axes is None:                                           # 16, 56, 56 of 128, and in proportion
         side = 2 * (7 * head_width // 32)
@@ -301,7 +302,7 @@ def published_meissonic_vq(path, grid=64):
     (tokens a side) of an image. Raises ValueError, FileNotFoundError."""
     if path == 'random':
         return seeded(Tokenizer, VQ_SIZE)
-    w, name = read_published(path, 'vqvae')
+    w, name = read_published(path, 'vqvae', ('encoder.conv_in.weight',))
     with torch.device('meta'):
         tokenizer = Tokenizer(**vq_config(w, name, grid))
     return fill(tokenizer, w, vq_name, name)

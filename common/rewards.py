@@ -14,10 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import check_origin, digest_of, load_checkpoint, open_hub, read_published, restore, save_checkpoint
+from common.files import (build, check_all_finite, check_origin, digest_of, load_checkpoint, needed, open_hub,
+                          printable, read_published, restore, save_checkpoint)
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.run import cosine_law, meet, progress, rng_for
+from common.text import COMMON_WORDS, check_reads_text
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -212,6 +214,28 @@ def from_open_clip(state):
     return out
 
 
+def word_reader(words, length, rows, path):
+    """The ids and the attention mask of prompts, filled up or cut to `length`, by a word tokenizer
+    -> function prompts -> ids (B, length), mask. Raises ValueError unless it reads its prompts, and
+    the text tower has as many `rows` of words: transformers invents a tokenizer where files lack."""
+    def read(prompts):
+        pieces = words(prompts, padding='max_length', truncation=True, max_length=length,
+                       return_tensors='pt')
+        return pieces['input_ids'], pieces['attention_mask']
+
+    def ids_of(prompts):
+        return read(prompts)[0]
+    try:
+        check_reads_text(ids_of)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    largest = int(ids_of([' '.join(COMMON_WORDS)]).max())
+    if largest >= rows:
+        raise ValueError(f'{path}: its word tokenizer gives the id {largest}, and the text tower has '
+                         f'{rows}; they are not of one release')
+    return read
+
+
 def load_clip(path, clip_path):
     """A CLIPModel and its word tokenizer from a hub id or local folder. Raises ValueError."""
     with hub(path) as transformers:
@@ -221,6 +245,7 @@ def load_clip(path, clip_path):
         if missing:
             raise KeyError(missing[0])
         words = transformers.AutoTokenizer.from_pretrained(clip_path)
+    check_all_finite(model, path)
     return model, words
 
 
@@ -230,9 +255,9 @@ def load_hps(path, clip_path):
     with hub(path) as transformers:
         config = transformers.CLIPConfig.from_pretrained(clip_path)
         model = transformers.CLIPModel(config)
-        state = from_open_clip(read_published(path)[0])
+        state = from_open_clip(read_published(path, landmarks=('visual.proj',))[0])
         words = transformers.AutoTokenizer.from_pretrained(clip_path)
-    restore(model, state, path, 'HPSv2.1')
+    restore(model, needed(model, state, path), path, 'HPSv2.1')
     return model, words
 
 
@@ -255,14 +280,17 @@ def clip_reward(kind, path, clip_path, device):
     length = model.config.text_config.max_position_embeddings
     scales = {'clipscore': 100.0, 'hps': 1.0, 'pick': model.logit_scale.exp().item()}
     scale = scales[kind]
+    read = word_reader(words, length, model.config.text_config.vocab_size, clip_path)
 
     def text_features(prompts):
-        pieces = words(prompts, padding='max_length', truncation=True, max_length=length,
-                       return_tensors='pt')
-        ids = pieces['input_ids'].to(device)                       # (B, length)
+        ids = read(prompts)[0].to(device)                          # (B, length)
         return unit_features(model.get_text_features(input_ids=ids))
 
     known_features = cached(text_features)
+    first, second = known_features([' '.join(COMMON_WORDS[:5]), ' '.join(COMMON_WORDS[5:])])
+    if torch.equal(first, second):                                 # as where no end token is found
+        raise ValueError(f'{clip_path}: the text tower of {path} says the same of two prompts; are '
+                         'tower and word tokenizer of one release?')
 
     def score(images, prompts):
         pixels = pixels_224(images)
@@ -363,18 +391,19 @@ def image_reward(path, bert_path, device):
     map of its first state (five layers without activations). Words and pixels meet in every layer,
     so there are no text features to remember. Raises ValueError."""
     with hub(path) as transformers:
-        state = from_imagereward(read_published(path)[0])
+        weights = read_published(path, landmarks=('blip.visual_encoder.cls_token',))[0]
+        state = from_imagereward(weights)
         network = imagereward_network(transformers, state)
         words = transformers.AutoTokenizer.from_pretrained(bert_path)
-    restore(network, state, path, 'ImageReward')
+    restore(network, needed(network, state, path), path, 'ImageReward')
     network = frozen(network, device)
+    read_words = word_reader(words, IMAGEREWARD_WORDS, network.text.config.vocab_size, bert_path)
 
     def score(images, prompts):
         pixels = pixels_224(images)
         seen = network.visual(pixel_values=pixels).last_hidden_state    # (B, 197, width)
-        pieces = words(prompts, padding='max_length', truncation=True,
-                       max_length=IMAGEREWARD_WORDS, return_tensors='pt').to(device)
-        read = network.text(pieces['input_ids'], attention_mask=pieces['attention_mask'],
+        ids, mask = read_words(prompts)
+        read = network.text(ids.to(device), attention_mask=mask.to(device),
                             encoder_hidden_states=seen, is_decoder=False)
         first_state = read.last_hidden_state[:, 0]                      # (B, width of the text)
         raw = network.mlp(first_state)[:, 0]                            # (B,)
@@ -460,7 +489,7 @@ def world_reward(path, name, device):
     """R = log P(caption is true of the image), at most 0: an image that already follows its prompt
     pulls little. `name` is the model in the file, clip or held_out. Raises ValueError."""
     state = load_checkpoint(path, 'rewards', 'Make it with: python reward.py', fallback=True)
-    net = frozen(TwoTower(**state['args'][name]), device)
+    net = frozen(build(TwoTower, state['args'][name], path), device)
     restore(net, state[name], path, name)
 
     def text_features(prompts):

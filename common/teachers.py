@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import (check_origin, count_numbers, digest_of, exists, fill, found_numbers, load_checkpoint,
-                          read_published, restore, seeded, shape_of)
+from common.files import (build, check_origin, count_numbers, digest_of, exists, fill, found_numbers, load_checkpoint,
+                          printable, read_published, restore, seeded, shape_of)
 from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
@@ -143,12 +143,14 @@ def text_teacher(kind, net, tokenizer, encoder, prompts, data, config, device):
     return Teacher(kind, net, tokenizer.to(device), encode, prompts, packed, data, None, config, encode_batch, encoder)
 
 
-def unpack_tokenizer(saved, path=''):
-    """`Tokenizer.from_checkpoint`, and TA-TiTok, which is a class of its own."""
-    if 'patch' not in saved.get('args', {}):
+def unpack_tokenizer(saved, path='', place='the checkpoint'):
+    """`Tokenizer.from_checkpoint` with checks of what it reads, and TA-TiTok, which is a class of its
+    own."""
+    if 'kind' in saved:
         return Tokenizer.from_checkpoint(saved, path)
-    tokenizer = TATiTok(**saved['args'])
-    tokenizer.load_state_dict(saved['net'])
+    cls = TATiTok if 'patch' in saved['args'] else Tokenizer
+    tokenizer = build(cls, saved['args'], place)
+    restore(tokenizer, saved['net'], place, 'its tokenizer')
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -156,9 +158,9 @@ def unpack(state, device='cpu', weights='ema', tokenizer_path='', path='the chec
     """A checkpoint of ours, a teacher's or a generator's -> Teacher. Raises ValueError,
     FileNotFoundError."""
     kind = state.get('kind', 'ours')
-    net = NETWORKS.get(kind, MDM)(**state['args'])
+    net = build(NETWORKS.get(kind, MDM), state['args'], path)
     restore(net, state[weights], path, weights)
-    tokenizer = unpack_tokenizer(state['tokenizer'], tokenizer_path)
+    tokenizer = unpack_tokenizer(state['tokenizer'], tokenizer_path, path)
     if kind in TEXT_KINDS:
         encoder = text_encoder(kind, text_path, net, device)
         return text_teacher(kind, net, tokenizer, encoder, state['prompts']['first'], state['data'], state['config'],
@@ -236,13 +238,21 @@ def published_pair(kind, path, tokenizer_path, n_head, grid=0):
     if kind in TEXT_KINDS:
         net, tokenizer = text_pair(kind, path, tokenizer_path, n_head, grid)
     else:
-        net = MDM.from_pretrained(kind, path, n_head)
-        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, math.isqrt(net.L), net.config['S'])
-    if kind == 'maskgit' and net.n_words != 1000:              # V was a guess: classes share its table
-        net = MDM.from_pretrained(kind, path, n_head, tokenizer.V)
+        net, tokenizer = class_pair(kind, path, tokenizer_path, n_head)
     if (net.N, net.V) != (tokenizer.N, tokenizer.V):
         raise ValueError(f'{path} has {net.N} tokens of {net.V} codes, {tokenizer_path} {tokenizer.N} of '
                          f'{tokenizer.V}: they are not of one release')
+    return net, tokenizer
+
+
+def class_pair(kind, path, tokenizer_path, n_head):
+    """Network and tokenizer of MaskGIT, whose V only the tokenizer tells, or of MaskBit; the grid of
+    an image and MaskBit's S only the network tells, so a tokenizer of other ones is read again."""
+    tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path)
+    net = MDM.from_pretrained(kind, path, n_head, tokenizer.V)
+    grid, S = math.isqrt(net.L), net.config['S']
+    if (tokenizer.grid, tokenizer.config['S']) != (grid, S):
+        tokenizer = Tokenizer.from_pretrained(kind, tokenizer_path, grid, S)
     return net, tokenizer
 
 
@@ -337,7 +347,7 @@ def saved_stage(script, data, folder):
     state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True)
     made_for = state['config']['data']
     if data not in ('', made_for):
-        raise ValueError(f'{path} was trained on {made_for}, not on {data}; give each data set a folder of its own, '
+        raise ValueError(f'{path} was trained on {printable(made_for)}, not on {data}; give each data set a folder of its own, '
                          f'--out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
                          f'--teacher_ckpt={folder}/model.pt')
     return state
@@ -387,6 +397,9 @@ NAMES = [  # ours                MaskGIT                                 MaskBit
     ('output.', '', 'prediction_layer.')]
 
 
+LANDMARKS = {'maskgit': ('tok_emb.weight',), 'maskbit': ('prediction_layer.weight',)}
+
+
 def published_name(key, kind):
     """Our parameter name of a transformer -> the name in the published file."""
     for ours, maskgit, maskbit in NAMES:
@@ -407,7 +420,7 @@ def published_transformer(kind, path, n_head=None, V=None, grid=0, axes=None):
         return published_meissonic(path, n_head, grid, axes)
     if path == 'random':
         return seeded(MDM, TRANSFORMERS[kind])
-    weights, name = read_published(path)
+    weights, name = read_published(path, landmarks=LANDMARKS[kind])
     w = {}
     for key, value in weights.items():
         if key != 'bits_to_indices':
@@ -476,7 +489,7 @@ def maskbit_config(w, name, size, length, D):
 
 def check_kind(kind):
     if kind not in KINDS:
-        raise ValueError(f'unknown kind {kind!r}; supported: {", ".join(KINDS)}')
+        raise ValueError(f'unknown kind {printable(repr(kind))}; supported: {", ".join(KINDS)}')
 
 
 # -----------------------------------------------------------------------------
@@ -484,6 +497,7 @@ def check_kind(kind):
 
 VQGAN = [('.mid.block.0.', '.mid.block_1.'), ('.mid.block.1.', '.mid.block_2.'), ('.mid.attn.0.', '.mid.attn_1.'),
          ('sample.', 'sample.conv.'), ('codebook', 'quantize.embedding')]
+MOST_BITS = 16         # of a code; 2^16 codes are 500 times as many as any release has
 MASKBIT = [('.block.', '.res_blocks.'), ('downsample', 'down_conv'), ('upsample', 'upsample_conv')]
 
 
@@ -519,7 +533,7 @@ def published_tokenizer(kind, path, grid=0, S=0, n_head=None):
 
 
 def read_tokenizer(kind, path, grid, S):
-    weights, name = read_published(path)
+    weights, name = read_published(path, landmarks=('encoder.conv_in.weight',))
     unused = 'loss.' if kind == 'maskgit' else 'quantize.'
     w = {key: value for key, value in weights.items() if not key.startswith(unused)}
 
@@ -542,8 +556,14 @@ def read_tokenizer(kind, path, grid, S):
         z = size('encoder.conv_out.weight', 0, 0, 3, 3)[0]
         config |= dict(n_codes=n_codes, code_dim=code_dim, mid=2, attention=attention, z=z)
     else:
+        if 'quantize.embedding.weight' in weights:
+            raise ValueError(f'{name}: quantize.embedding.weight is a learned codebook (vqgan_plus), which no released '
+                             'generator reads; expected a maskbit tokenizer of bits, as in maskbit_tokenizer_14bit.bin')
         bits = size('encoder.conv_out.weight', 0, 0, 1, 1)[0]
         S = S or 1 + (bits % 2 == 0)                           # released: 2 codes per place
+        if bits // S > MOST_BITS or bits % S:
+            raise ValueError(f'{name}: encoder.conv_out.weight has {bits} rows, the bits of {S} codes, expected '
+                             f'{S} to {S * MOST_BITS} of them in equal parts. Is this a tokenizer of bits?')
         mid = count_numbers(w, r'encoder\.mid\.res_blocks\.(\d+)\.')
         config |= dict(S=S, n_codes=2 ** (bits // S), code_dim=bits // S, mid=mid)
         w['codes'] = bit_rows(bits // S)

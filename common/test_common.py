@@ -3,6 +3,7 @@ What the helpers in common/ promise: settings, the shapes world, folders, optimi
 files, rewards, our own files. Nothing here is about the paper; its equations are tested in test_all.py,
 which also runs these (`python test_all.py`, or `pytest common/test_common.py`).
 """
+import collections
 import contextlib
 import functools
 import glob
@@ -15,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,16 +35,17 @@ import sample
 import tokenizer
 import tteo
 from common import metrics, rewards, world
-from common.files import (check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
+from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
                         micro_rng, out_folder, report_bench, report_error, setting_names,
                         split_batch, wanted_instead)
-from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, word_teacher
+from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
+                             word_teacher)
 from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
                             must_refuse, must_run, near, picture_folder, printed, published,
-                            ready_for, rng, same, small_model, small_tokenizer, tiny_clip, tiny_run,
+                            ready_for, rng, same, save_safetensors, small_model, small_tokenizer, tiny_clip, tiny_run,
                             transformers_or_skip)
 from model import MDM, reveal_counts, sampling_plan
 from tokenizer import Tokenizer
@@ -893,8 +897,6 @@ def test_lost_changed_and_foreign_weights_are_explained():
             for broken in (lost, changed):
                 with exits_with('the given dict', 'expected'):
                     load(kind, broken)
-        with exits_with('no place', 'foreign.weight'):
-            load(kind, {**flat, 'foreign.weight': torch.ones(1)})
         with exits_with('no tensors'):
             load(kind, {})
     with exits_with('no tensors'):
@@ -944,16 +946,162 @@ class Settings(dict):
     """Another, which a file fills item by item."""
 
 
+class Names(list):
+    """Another, which a file fills by appending."""
+
+
 def test_foreign_classes_become_inert(tmp_path):
     vqgan = mini_tokenizer('maskgit')
     weights = {**published(vqgan, 'maskgit'), 'loss.perceptual.weight': torch.ones(3)}
     callbacks = {Callback: Callback(tmp_path), 'score': np.float64(0.5)}
+    callbacks['counts'] = collections.defaultdict(list, a=[1])
+    callbacks['names'] = Names('ab')
+    callbacks['names'].path = 'x'                          # an attribute of a list
     path = f'{tmp_path}/last.ckpt'
     torch.save(dict(epoch=1, callbacks=callbacks, hyper=Settings(lr=1), state_dict=weights), path)
     built = AssertionError('a foreign class was built')
     with mock.patch.object(Callback, '__new__', side_effect=built):
         again = Tokenizer.from_pretrained('maskgit', path)
     same(again.state_dict(), vqgan.state_dict())
+    torch.save(dict(state_dict=weights, callbacks=callbacks), path, _use_new_zipfile_serialization=False)
+    with exits_with(path, 'refused, an old file', 'Callback', 'state dict alone') as text:
+        Tokenizer.from_pretrained('maskgit', path)
+
+
+def test_a_network_is_found_in_any_nest_and_behind_any_prefix(tmp_path):
+    net = mini('maskbit')
+    weights = published(net, 'maskbit')
+    wrong = {key: value + 1 for key, value in weights.items()}
+    optimizer = {'state': {0: {'exp_avg': torch.ones(3)}}}
+
+    def behind(prefix, state=weights):
+        return {prefix + key: value for key, value in state.items()}
+    states = [{nest: weights, 'opt': optimizer} for nest in ('ema', 'params_ema', 'generator', 'any name')]
+    states += [behind(prefix) for prefix in ('module.', '_orig_mod.', '_orig_mod.module.', 'model.')]
+    states.append({'hyper': {'lr': 1}, 'models': [{'net': behind('module.')}]})
+    states.append({'state_dict': {**behind('model.'), **{f'model_ema.{key}'.replace('.', ''): value
+                                                         for key, value in wrong.items()}}})
+    several = [{'model': wrong, 'model_ema': weights}, {**behind('online.', wrong), **behind('ema_model.')}]
+    path = f'{tmp_path}/x.pt'
+    for state in states + several:
+        torch.save(state, path)
+        with capture() as text:
+            for source in (state, path):
+                same(MDM.from_pretrained('maskbit', source).state_dict(), net.state_dict())
+        assert ('holds this network 2 times' in text.getvalue()) == (state in several)
+    assert 'ema_model. is taken' in text.getvalue()
+    save_safetensors(behind('module.'), f'{tmp_path}/x.safetensors')
+    same(MDM.from_pretrained('maskbit', f'{tmp_path}/x.safetensors').state_dict(), net.state_dict())
+    with exits_with('pos_emb', 'is missing', 'begins with a, b (2 in all)'):
+        MDM.from_pretrained('maskbit', {'state_dict': dict(a=torch.ones(1), b=torch.ones(1))})
+
+
+def rezip(source, path, kind, swap=False):
+    """Pack a file of torch.save once more, in other ways than torch does; `swap`: as a machine of
+    the other byte order writes its float32."""
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(path, 'w', kind) as after:
+        for name in before.namelist():
+            content = before.read(name)
+            if swap and '/data/' in name:
+                content = np.frombuffer(content, '<f4').astype('>f4').tobytes()
+            if swap and name.endswith('/byteorder'):
+                content = b'big'
+            after.writestr(name, content)
+
+
+def test_compressed_files_and_those_of_the_other_byte_order_are_read(tmp_path):
+    net = mini('maskbit')
+    torch.save(published(net, 'maskbit'), f'{tmp_path}/x.pt')
+    save_checkpoint(f'{tmp_path}/ours.pt', dict(stage='model', config=dict(tau=0.5), w=torch.randn(99)))
+    path = f'{tmp_path}/y.pt'
+    for kind, swap in ((zipfile.ZIP_DEFLATED, False), (zipfile.ZIP_STORED, True), (zipfile.ZIP_LZMA, True)):
+        rezip(f'{tmp_path}/x.pt', path, kind, swap)
+        same(MDM.from_pretrained('maskbit', path).state_dict(), net.state_dict())
+        assert not can_be_mapped(path)
+        if kind != zipfile.ZIP_LZMA:                       # which torch does not know
+            rezip(f'{tmp_path}/ours.pt', path, kind, swap)
+            same(load_checkpoint(path)['w'], load_checkpoint(f'{tmp_path}/ours.pt')['w'])
+            assert settings_of(path, ('tau',)) == dict(tau=0.5)
+
+
+def test_weights_that_are_no_plain_finite_numbers_are_one_line_with_the_key(tmp_path):
+    weights = published(mini('maskbit'), 'maskbit')
+    key = 'class_emb.weight'
+    value = weights[key]
+    odd = {'NaN': value * np.nan, 'infinite': value / 0, 'int8': value.to(torch.int8), 'bool': value > 0,
+           'complex64': value.to(torch.complex64), 'sparse': value.to_sparse(), 'meta': value.to('meta'),
+           'nested': torch.nested.nested_tensor([value[0], value[1]]), 'float32, float16': value.long(),
+           'infinite num': value.double() * 1e300}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        odd['q'] = torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+    path = f'{tmp_path}/x.pt'
+    for words, tensor in odd.items():
+        state = {**weights, key: tensor}
+        torch.save(state, path)
+        for source in (state, path):
+            with exits_with(key, words):
+                MDM.from_pretrained('maskbit', source)
+    MDM.from_pretrained('maskbit', {**weights, key: torch.nn.Parameter(value)})
+    net = small_model()
+    for words in ('NaN', 'int8', 'bool', 'complex64', 'sparse', 'q'):
+        state = {**net.state_dict(), 'pos_emb': odd[words]}
+        with exits_with('f.pt: ema: pos_emb', words):
+            restore(net, state, 'f.pt', 'ema')
+    with exits_with('f.pt: ema', 'no dict'):
+        restore(net, None, 'f.pt', 'ema')
+    whole = torch.load(f'{tiny_run()[0]}/model.pt', weights_only=True)
+    whole['tokenizer']['net']['codebook.weight'][0] = np.nan
+    with exits_with('x.pt: its tokenizer: codebook.weight', 'NaN'):
+        unpack(whole, path='x.pt')
+
+
+def test_what_a_network_needs_must_be_there_and_the_rest_is_said():
+    vqgan = mini_tokenizer('maskgit')
+    weights = published(vqgan, 'maskgit')
+    for extra in ('quantize.used', 'foreign.weight', 'step'):
+        with capture() as text:
+            again = Tokenizer.from_pretrained('maskgit', {**weights, extra: torch.ones(3)})
+        assert f'1 tensors are not needed and left out, the first is {extra}' in text.getvalue()
+        same(again.state_dict(), vqgan.state_dict())
+    for extra in ('encoder.mid.attn_2.q.weight', 'decoder.conv_in.weight_scale'):
+        with exits_with(extra, 'would compute something else'):
+            Tokenizer.from_pretrained('maskgit', {**weights, extra: torch.ones(3)})
+    hole = {**weights, 'decoder.up.1.block.0.conv1.weight': torch.zeros(32, 64, 3, 3)}
+    with capture() as text:
+        Tokenizer.from_pretrained('maskgit', hole)
+    assert 'zeros in a row, the first is decoder.up.1.block.0.conv1.weight' in text.getvalue()
+
+
+def test_a_learned_codebook_is_no_tokenizer_of_bits():
+    weights = published(mini_tokenizer('maskbit'), 'maskbit')
+    with exits_with('quantize.embedding.weight is a learned codebook', 'expected a maskbit tokenizer of bits'):
+        Tokenizer.from_pretrained('maskbit', {**weights, 'quantize.embedding.weight': torch.randn(64, 6)})
+    with exits_with('conv_out.weight has 256 rows', 'expected 2 to 32'):       # 2^128 codes
+        Tokenizer.from_pretrained('maskbit', {**weights, 'encoder.conv_out.weight': torch.ones(256, 32, 1, 1)})
+
+
+def test_words_of_a_file_are_printable_and_short_in_messages(tmp_path):
+    weights = published(mini('maskbit'), 'maskbit')
+    path = f'{tmp_path}/x.pt'
+    for word in ('\x1b[31mred\nline', 'x' * 3_000_000, '\u202eback', 'a\rb'):
+        with capture() as text:
+            MDM.from_pretrained('maskbit', {**weights, word: torch.ones(1)})
+            MDM.from_pretrained('maskbit', {word: weights, 'model_ema': dict(weights)})
+        printed_lines = text.getvalue().splitlines()
+        assert len(printed_lines) == 2 and max(map(len, printed_lines)) < 500
+        assert all(line.isprintable() for line in printed_lines)
+        torch.save(dict(stage=word), path)
+        calls = [functools.partial(MDM.from_pretrained, 'maskbit', {word: torch.ones(1)}),
+                 functools.partial(load_checkpoint, path, 'model'),
+                 functools.partial(restore, small_model(), {word: torch.ones(1)}, 'f.pt', 'net')]
+        for call in calls:
+            try:
+                call()
+            except ValueError as error:
+                assert str(error).isprintable() and len(str(error)) < 1500
+            else:
+                raise AssertionError('no error')
 
 
 def test_distillation_freezes_the_embedding_tables_of_both_layouts():
@@ -1002,9 +1150,14 @@ def test_sizes_that_one_published_file_leaves_open_are_read_off_the_other(tmp_pa
                              codes=dict(n_codes=48))
     maskbit = save_published(tmp_path, 'maskbit', sizes=dict(N=16, V=16, bits=4, S=1),
                              codes=dict(code_dim=4, S=1, n_codes=16))
+    by_chance = save_published(tmp_path, 'maskgit', 'chance', dict(V=1024, n_words=10 + 94),
+                               dict(n_codes=1024))         # V + K - 1000 is a power of two
+    found = load_teacher('maskgit', *by_chance)
+    assert (found.net.V, found.net.n_words) == (1024, 104)
     for kind, paths, V in (('maskgit', maskgit, 48), ('maskbit', maskbit, 16)):
-        with capture():
+        with capture() as text:
             found = load_teacher(kind, *paths, n_head=2)
+        assert 'guess' not in text.getvalue()
         assert (found.net.V, found.net.config['n_head'], found.tokenizer.S) == (V, 2, 1)
         assert found.prompts == [str(k) for k in range(10)]
         assert found.encode(['3', '7']).tolist() == [[3], [7]]
@@ -1055,6 +1208,10 @@ def test_published_tokenizers_are_told_apart_by_their_weights(tmp_path):
     Tokenizer.from_checkpoint(second.pack())
     with exits_with('other weights', '--tokenizer_path'):
         Tokenizer.from_checkpoint(first.pack())
+    packed = dict(second.pack())
+    del packed['digest']
+    with exits_with('without a digest'):
+        Tokenizer.from_checkpoint(packed)
 
 
 def save_stage(folder, script, step, **more):
@@ -1248,6 +1405,38 @@ def test_clip_score_and_pickscore_follow_their_formulas(tmp_path):
         rewards.clip_reward('pick', f'{tmp_path}/half', tmp_path, 'cpu')
 
 
+def test_a_reward_that_cannot_read_its_prompts_is_refused(tmp_path):
+    transformers = transformers_or_skip()
+    network, _ = tiny_clip(tmp_path)
+    network.save_pretrained(f'{tmp_path}/wordless')
+    torch.save(to_open_clip(network.state_dict()), f'{tmp_path}/hps.pt')
+    torch.save(imagereward_state(transformers)[0], f'{tmp_path}/ImageReward.pt')
+    paths = {'clipscore': f'{tmp_path}/wordless', 'pick': tmp_path, 'hps': f'{tmp_path}/hps.pt'}
+    for kind, path in paths.items():
+        with exits_with(f'{tmp_path}/wordless', 'knows 0 of 10 common words'):
+            rewards.clip_reward(kind, path, f'{tmp_path}/wordless', 'cpu')
+    with exits_with(f'{tmp_path}/wordless', 'knows 0 of 10 common words'):
+        rewards.image_reward(f'{tmp_path}/ImageReward.pt', f'{tmp_path}/wordless', 'cpu')
+
+    def few_words(prompts, **options):                     # as an invented tokenizer reads
+        ids = torch.tensor([[1, *[0] * 10, 2]] * len(prompts))
+        return dict(input_ids=ids, attention_mask=ids)
+    with exits_with('x: ', 'knows 0 of 10 common words'):
+        rewards.word_reader(few_words, 12, 10, 'x')
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    with exits_with('x: ', 'gives the id 9', 'has 9'):
+        rewards.word_reader(words, 12, 9, 'x')
+    network.config.text_config.eos_token_id = 77           # which ends no prompt
+    network.save_pretrained(f'{tmp_path}/endless')
+    with exits_with('says the same of two prompts', 'endless'):
+        rewards.clip_reward('pick', f'{tmp_path}/endless', tmp_path, 'cpu')
+    network.config.text_config.eos_token_id = 2
+    network.logit_scale.data *= np.nan
+    network.save_pretrained(f'{tmp_path}/nan')
+    with exits_with('nan: logit_scale holds NaN'):
+        rewards.clip_reward('pick', f'{tmp_path}/nan', tmp_path, 'cpu')
+
+
 # Our own list of names, so that a mistake in the code's is seen
 TO_OPEN_CLIP = (
     ('vision_model.', 'visual.'), ('text_model.', ''), ('encoder.layers', 'transformer.resblocks'),
@@ -1290,7 +1479,7 @@ def test_hps_is_read_from_open_clip_names(tmp_path):
     for key, value in state.items():
         assert torch.equal(again[key], value), key
     path = f'{tmp_path}/hps.pt'
-    torch.save(dict(state_dict=names), path)
+    torch.save(dict(state_dict={**names, 'attn_mask': torch.ones(2)}), path)
     score = rewards.clip_reward('hps', path, tmp_path, 'cpu')(images, [RED, 'a circle'])
     assert torch.allclose(score, clip_cosine(network, images, ids), atol=1e-5)
     with exits_with('no.pt: no such file', '--hps_path'):
@@ -1312,7 +1501,7 @@ TO_BLIP = (
 def tiny_blip(transformers):
     """The three parts of ImageReward at a small size: BERT, vision transformer, linear layers."""
     text = transformers.BlipTextModel(transformers.BlipTextConfig(
-        vocab_size=6, hidden_size=24, encoder_hidden_size=32, intermediate_size=40,
+        vocab_size=10, hidden_size=24, encoder_hidden_size=32, intermediate_size=40,
         num_hidden_layers=2, num_attention_heads=12, max_position_embeddings=35,
         layer_norm_eps=1e-12), add_pooling_layer=False)
     eyes = transformers.BlipVisionModel(transformers.BlipVisionConfig(
@@ -1325,10 +1514,9 @@ def tiny_blip(transformers):
     return text.eval(), eyes.eval(), layers
 
 
-def test_imagereward_reads_its_published_names(tmp_path):
-    images = two_images()
-    _, ids = tiny_clip(tmp_path)                           # only its word tokenizer is used
-    text, eyes, layers = tiny_blip(transformers_or_skip())
+def imagereward_state(transformers):
+    """The file of a small ImageReward, and its three parts."""
+    text, eyes, layers = tiny_blip(transformers)
     state = {'blip.vision_proj.weight': torch.ones(1)}     # unused
     for number, layer in layers.items():
         state[f'mlp.layers.{number}.weight'] = layer.weight.detach()
@@ -1337,6 +1525,13 @@ def test_imagereward_reads_its_published_names(tmp_path):
         state[f'blip.text_encoder.{key}'] = value
     for key, value in eyes.state_dict().items():
         state[f'blip.visual_encoder.{replace_all(key, TO_BLIP)}'] = value
+    return state, text, eyes, layers
+
+
+def test_imagereward_reads_its_published_names(tmp_path):
+    images = two_images()
+    _, ids = tiny_clip(tmp_path)                           # only its word tokenizer is used
+    state, text, eyes, layers = imagereward_state(transformers_or_skip())
     path = f'{tmp_path}/ImageReward.pt'
     torch.save(state, path)
     score = rewards.image_reward(path, tmp_path, 'cpu')(images, [RED, 'a circle'])
@@ -1384,6 +1579,7 @@ def test_files_that_are_no_checkpoint_of_the_stage_asked_for_are_explained(tmp_p
     save_checkpoint(path, dict(stage='model', step=1))
     save_checkpoint(path, dict(stage='model', step=2))     # nothing stands in for a whole file
     problems = {'not a checkpoint of this project': dict(weights=torch.ones(3)),
+                "its entry 'config' is no dict": dict(stage='model', config=3),
                 'is a tokenizer checkpoint, expected model or distill': dict(stage='tokenizer')}
     for words, foreign in problems.items():
         torch.save(foreign, path)
@@ -1392,6 +1588,30 @@ def test_files_that_are_no_checkpoint_of_the_stage_asked_for_are_explained(tmp_p
     weights = small_model(D=12).state_dict()
     with exits_with('f.pt: net does not fit', 'tok_emb.weight', 'size mismatch'):
         restore(small_model(), weights, 'f.pt', 'net')
+
+
+def test_an_entry_that_a_checkpoint_lacks_is_one_line_that_names_it(tmp_path):
+    path = f'{tmp_path}/x.pt'
+    for script in SCRIPTS:
+        state = torch.load(f'{tiny_run()[0]}/{script[:-3]}.pt', weights_only=True)
+        for key in state.keys() - {'stage'}:
+            torch.save({name: value for name, value in state.items() if name != key}, path)
+            with exits_with(f'{path}: has no entry {key!r}', 'edited'):
+                load_checkpoint(path)[key]
+    del state['config']['data'], state['args']['D']
+    state['tokenizer'].pop('net')
+    torch.save(state, path)
+    edited = load_checkpoint(path)
+    with exits_with(f"{path}: config: has no entry 'data'"):
+        edited['config']['data']
+    with exits_with(f'{path}: its "args" make no MDM', "'D'"):
+        unpack(edited, path=path)
+    edited['args'] = dict(edited['args'], D=32)
+    with exits_with(f"{path}: tokenizer: has no entry 'net'"):
+        unpack(edited, path=path)
+    must_refuse('sample.py', f'--ckpt={path}', words='"args" make no MDM')
+    torch.save(edited, f'{tmp_path}/again.pt')             # as plain containers
+    assert load_checkpoint(f'{tmp_path}/again.pt')['step'] == state['step']
 
 
 def test_a_checkpoint_hands_on_the_settings_asked_for(tmp_path):

@@ -163,7 +163,18 @@ def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tmp_path):
             read_published(folder)
         index.unlink()
         (folder / f'{stem}.{ending}.index.fp16.json').unlink()
-        with exits_with(folder, 'index', '00001-of-00002'):
+        with exits_with(folder, 'no index', '00001-of-00002', lost.name):
+            read_published(folder)
+        save({key: state[key] for key in sorted(state)[1::2]}, lost)
+        for source in (folder, lost):                                # all of them, without the index
+            same(read_published(source)[0], state)
+        lost.unlink()
+        with exits_with('no index', f'{lost.name} is missing'):
+            read_published(folder)
+        (folder / lost.name.replace('00002-of', '00001-of')).unlink()
+        for name in folder.glob('*fp16*00001-of*'):
+            name.unlink()
+        with exits_with(folder, 'the first of them', 'index'):
             read_published(folder)
     for text in ('', '[]', '{}', '{"weight_map": 3}', '{"weight_map": {"w": 3}}',
                  '{"weight_map": {"w": null, "v": "a"}}',

@@ -472,7 +472,7 @@ def save_tower(folder, vocab_size, spread=0.2, **changes):
     return tower
 
 
-CLIP_WORDS = ('<pad>', '<start>', '<end>', 'a', 'red', 'circle')
+CLIP_WORDS = ('<pad>', '<start>', '<end>', 'a', 'red', 'circle', 'green', 'blue', 'yellow', 'square')
 
 
 def tiny_clip(root):
@@ -481,7 +481,7 @@ def tiny_clip(root):
     transformers = transformers_or_skip()
     torch.manual_seed(0)
     sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act='gelu')
-    text = dict(vocab_size=6, hidden_size=16, intermediate_size=32, max_position_embeddings=12,
+    text = dict(vocab_size=len(CLIP_WORDS), hidden_size=16, intermediate_size=32, max_position_embeddings=12,
                 bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
     vision = dict(hidden_size=24, intermediate_size=48, image_size=224, patch_size=112, **sizes)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)

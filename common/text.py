@@ -17,7 +17,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from common.files import WEIGHT_FILES, fill, open_hub, read_published, shape_of
+from common.files import (WEIGHT_FILES, check_all_finite, fill, open_hub, printable,
+                          read_published, shape_of)
 from common.run import is_rank0, rng_for
 
 ACTIVATIONS = ('quick_gelu', 'gelu')   # MaskGen's tower, ViT-L/14; Meissonic's, ViT-H/14
@@ -108,12 +109,13 @@ def tower_from_hub(path):
         missing = sorted(report['missing_keys'])           # these would stay random
         if missing:
             raise ValueError(f'it has no {missing[0]}')
+    check_all_finite(tower, path)
     return tower.float()
 
 
 def tower_from_weights(path, activation, n_head):
     """A tower from a folder, a file or a dict."""
-    weights, name = read_published(path, 'text_encoder')
+    weights, name = read_published(path, 'text_encoder', (TOKENS, 'token_embedding.weight'))
     w = {}
     for key, value in weights.items():
         if not key.startswith(NOT_TEXT):
@@ -130,7 +132,7 @@ def tower_from_weights(path, activation, n_head):
         n_head = settings.pop('num_attention_heads', width // HEAD_WIDTH)
     if n_head < 1 or width % n_head:
         raise ValueError(f'{name}: width {width} does not fall into {n_head} heads (published: one '
-                         f'per {HEAD_WIDTH} columns); give n_head=...')
+                         f'per {HEAD_WIDTH} columns); give n_head=..., or a config.json in its folder')
     settings['num_attention_heads'] = n_head
     with hub(name) as transformers:
         config = transformers.CLIPTextConfig(**settings)
@@ -253,7 +255,8 @@ def check_reads_text(encode_ids):
     if first == second or 2 * known <= len(COMMON_WORDS):
         raise ValueError(f'the word tokenizer knows {known} of {len(COMMON_WORDS)} common words '
                          f'({", ".join(COMMON_WORDS)}) and cannot tell prompts apart; are its '
-                         'files vocab.json and merges.txt, or tokenizer.json, there and whole?')
+                         'files (tokenizer.json, or vocab.json and merges.txt, or vocab.txt) there and '
+                         'whole?')
 
 
 def plain_ids(rows):
@@ -313,7 +316,7 @@ class TextEncoder:
             self.told = True
             if is_rank0():
                 print(f'note: a prompt has {n} pieces, the text tower reads {self.length}: it and '
-                      f'others like it are cut; it begins: {caption[:60]}')
+                      f'others like it are cut; it begins: {printable(caption, 60)}')
 
     def token_ids(self, captions):
         """-> ids (B, T), int64, padded with 0."""
@@ -466,7 +469,7 @@ def same_prompts(packed, before):
     made; both are what `pack` gives. Another file is a choice."""
     if packed['path'] == before['path'] and packed['digest'] != before['digest']:
         raise ValueError(f'{packed["path"]}: has changed since the checkpoint was made, where it began with '
-                         f'"{before["first"][0][:60]}"; give that file with --prompts=...')
+                         f'"{printable(before["first"][0], 60)}"; give that file with --prompts=...')
 
 
 def file_digest(path):
@@ -525,10 +528,10 @@ def text_of_entry(entry):
     """A text, or the one under "prompt" of a JSON object. Raises ValueError."""
     if isinstance(entry, dict):
         if 'prompt' not in entry:
-            raise ValueError(f'expected the key prompt, it has {", ".join(entry) or "none"}')
+            raise ValueError(f'expected the key prompt, it has {printable(", ".join(entry)) or "none"}')
         entry = entry['prompt']
     if not isinstance(entry, str):
-        raise ValueError(f'expected a text, got {str(entry)[:60]}')
+        raise ValueError(f'expected a text, got {printable(entry, 60)}')
     try:
         entry.encode('utf-8')
     except UnicodeEncodeError:
@@ -549,7 +552,7 @@ def prompts_of_json(path):
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     if not isinstance(entries, list):
-        raise ValueError(f'{path}: expected {FORMS[".json"]}, got {str(entries)[:60]}')
+        raise ValueError(f'{path}: expected {FORMS[".json"]}, got {printable(entries, 60)}')
     prompts = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -569,7 +572,7 @@ def prompts_of_csv(path):
             columns = table.fieldnames or []
             if 'text' not in columns:
                 raise ValueError(f'{path}: expected the column text, it has '
-                                 f'{", ".join(columns) or "none"}')
+                                 f'{printable(", ".join(columns)) or "none"}')
             for row in table:
                 if None in row:                                # where csv puts what is too much
                     raise ValueError(f'{path}, line {table.reader.line_num}: more columns than the '
