@@ -28,7 +28,7 @@ from tokenizer import bit_rows
 data = 'shapes'        # 'shapes', 'shapes-open' (background left open: the stress test), or a folder of class folders or of captioned images
 out_dir = 'out'        # tokenizer.pt is found here; model.pt, log, pictures and the token cache go here
 n_images = 50_000      # training images of the shapes world, encoded once; a folder is used whole
-flips = False          # also encode every image mirrored; MaskGIT and MaskBit True
+flips = False          # also encode every image mirrored, left and right of its caption too; MaskGIT and MaskBit True
 resume = False         # continue from out_dir/model.pt to the same bits
 overwrite = False      # a model.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it

@@ -1,21 +1,22 @@
 """
 What a data folder holds. One rule says which files are its images:
 
-    the name ends like an image's, and no part of the path below the data folder begins with '.', '@' or '__';
-    links are followed, but each file and each folder counts once, so that no link leads in a circle;
-    a folder that runs of ours write into, --out_dir or any with one of their logs, is no part of the data.
+    its name ends like an image's,
+    no part of its path below the data folder begins with '.', '@' or '__',
+    runs of ours do not write into its folder: it is not --out_dir, nor holds the log of a run,
+    and it was not met before: links are followed, but no file or folder counts twice.
 
-What the rule leaves out is counted by reason. Everything that reads a data folder asks `list_folder`.
+What the rule leaves out is counted by reason. All that reads a data folder asks `list_folder`.
 """
 import hashlib
 import os
 from collections import Counter
 
-IMAGE_ENDINGS = (
+COMPRESSED = (
     '.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.avif', '.jp2', '.gif', '.qoi')
-UNCOMPRESSED = (               # perhaps
+UNCOMPRESSED = (               # often
     '.bmp', '.dib', '.tif', '.tiff', '.tga', '.ppm', '.pgm', '.pbm', '.pnm', '.pfm')
-IMAGE_ENDINGS += UNCOMPRESSED
+IMAGE_ENDINGS = COMPRESSED + UNCOMPRESSED
 HIDDEN = ('.', '@', '__')      # of editors, of file servers (@eaDir), of archives (__MACOSX)
 RUN_LOG = '.log.jsonl'         # every training run of ours writes one, from its start
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'dev', 'eval')
@@ -127,7 +128,7 @@ def below(path, root):
 
 def is_below(path, folder):
     """Is a path that of the folder, or of something in it?"""
-    return os.path.commonpath([path, folder]) == folder
+    return os.path.join(path, '').startswith(os.path.join(folder, ''))
 
 
 def other_endings(paths):

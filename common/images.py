@@ -107,7 +107,8 @@ def open_data(data, size, n_images=50_000, expected=None, out_dir=''):
     if data in WORLDS:
         source = Shapes(data, size, n_images)
         if expected is None and os.path.isdir(data):
-            say(f'note: --data={data} is the drawn world; the folder of this name is --data=./{data}')
+            say(f'note: --data={data} is the drawn world; the folder of this name is '
+                f'--data=./{data}')
     else:
         listing = list_folder(data, out_dir)
         kind = CaptionedFolder if holds_captions(listing) else Folder
@@ -319,8 +320,8 @@ class Folder:
         reference = self.readable(order[::2], n)
         others = [i for i in order[1::2] if not self.is_bad(i)]
         if not reference or not self.readable(others, 1):
-            raise ValueError(f'--data={self.data}: too few of its {self.length} images are readable '
-                             'to measure with one half against the other')
+            raise ValueError(f'--data={self.data}: too few of its {self.length} images are '
+                             'readable to measure one half against the other')
         name = f'{len(reference)} images of {self.data} (real images: {len(others)} others)'
         return np.array(reference), np.array(others), name
 
@@ -624,8 +625,9 @@ def read_captions(data, listing):
     check_entries(origin, entries)
     images = set(listing.images)
     taken = [entry for entry in entries if entry[0] in images]
-    listing.leave_out(len(entries) - len(taken), f'listed in {os.path.basename(origin)} and no images '
-                      'of the folder (by ending, hidden, outside or linked)')
+    name = os.path.basename(origin)
+    listing.leave_out(len(entries) - len(taken), f'listed in {name} and no images of the folder '
+                      '(by ending, hidden, outside or linked)')
     if not taken:
         raise ValueError(f'{origin}: {listing.note()}; nothing is left')
     return taken
