@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.files import count_numbers, fill, read_published, seeded, shape_of
+from common.published import count_numbers, fill, read_published, seeded, shape_of
 from model import Block, add_noise, expected_rows, is_embedding
 from tokenizer import hash_of_weights, nearest_row
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import count_numbers, fill, read_published, seeded, shape_of
 from common.maskgen import (JOINT, QKV, Joint, JointMDM, RMSNorm, adapt, attend, block_names,
                             published_name, sinusoid)
+from common.published import count_numbers, fill, read_published, seeded, shape_of
 from tokenizer import Tokenizer
 
 SIZE = dict(V=8192, D=1024, n_joint=14, n_single=28, n_head=8, grid=64, T=77, C=1024,

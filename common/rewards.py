@@ -14,10 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (build, check_all_finite, check_origin, digest_of, load_checkpoint, needed, open_hub,
-                          printable, read_published, restore, save_checkpoint)
+from common.files import (build, check_all_finite, check_origin, digest_of, load_checkpoint,
+                          open_hub, restore, save_checkpoint)
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
+from common.published import needed, read_published
 from common.run import cosine_law, meet, progress, rng_for
 from common.text import COMMON_WORDS, check_reads_text
 

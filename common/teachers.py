@@ -14,11 +14,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import (build, check_origin, count_numbers, digest_of, exists, fill, found_numbers, load_checkpoint,
-                          printable, read_published, restore, seeded, shape_of)
+from common.files import build, check_origin, digest_of, exists, load_checkpoint, printable, restore
 from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
+from common.published import count_numbers, fill, found_numbers, read_published, seeded, shape_of
 from common.run import HERE
 from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS

@@ -18,8 +18,8 @@ import torch.nn as nn
 from PIL import Image, PngImagePlugin
 
 from common import images as I
-from common.files import SAFETENSORS, drop_pages, fill, mapped_ranges, read_published
 from common.metrics import Reference
+from common.published import SAFETENSORS, drop_pages, fill, mapped_ranges, read_published
 from common.teachers import load_teacher
 from common.testing import (HERE, capture, exits_with, golden, must_run, printed, rng, same, save_safetensors, shard,
                             small_tokenizer, write_safetensors)

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import maskgen, meissonic
-from common.files import SAFETENSORS
 from common.maskgen import MaskGen, TATiTok
 from common.meissonic import Meissonic
+from common.published import SAFETENSORS
 from common.teachers import published_name, published_tokenizer_name
 from model import MDM
 from tokenizer import Tokenizer

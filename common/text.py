@@ -17,8 +17,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from common.files import (WEIGHT_FILES, check_all_finite, fill, open_hub, printable,
-                          read_published, shape_of)
+from common.files import check_all_finite, open_hub, printable
+from common.published import WEIGHT_FILES, fill, read_published, shape_of
 from common.run import is_rank0, rng_for
 
 ACTIVATIONS = ('quick_gelu', 'gelu')   # MaskGen's tower, ViT-L/14; Meissonic's, ViT-H/14
