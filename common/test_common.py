@@ -114,6 +114,8 @@ def test_a_setting_outside_its_limits_is_refused():
     for words, expected in cases.items():
         with exits_with(f'--{words.partition("=")[0]}=', expected):
             configure(dict(vars(gan)), argv=[f'--{words}'])
+    with exits_with('--power=-1', 'at least 0'):
+        configure(dict(vars(sample)), argv=['--power=-1'])
     for script in (tokenizer, model):
         with exits_with('--out_dir= cannot be'):
             configure(dict(vars(script)), argv=['--out_dir='])
@@ -778,6 +780,8 @@ def test_sampling_plans_equal_the_golden_tables():
         guidance = scale * torch.tensor(plan.guidance)
         assert (guidance - table['guidance_scale']).abs().max() < 1e-5
         assert plan.noise[-1] == 0
+    with exits_with('power = -1', 'expected 0 or more'):   # its guidance would be NaN
+        sampling_plan(4, 16, 'maskbit', -1)
 
 
 def parameters_of(network):
@@ -957,6 +961,7 @@ def test_foreign_classes_become_inert(tmp_path):
     callbacks['counts'] = collections.defaultdict(list, a=[1])
     callbacks['names'] = Names('ab')
     callbacks['names'].path = 'x'                          # an attribute of a list
+    callbacks['name'] = Names('a')
     path = f'{tmp_path}/last.ckpt'
     torch.save(dict(epoch=1, callbacks=callbacks, hyper=Settings(lr=1), state_dict=weights), path)
     built = AssertionError('a foreign class was built')
