@@ -71,7 +71,7 @@ def test_overrides_take_every_documented_form():
         g = settings()
         returned = configure(g, argv=words.split())
         wanted = settings(**changed)
-        del g['GIVEN']                                     # names of what the words give
+        del g['GIVEN'], g['CHANGED']                       # names of what the words give
         assert g == wanted, words
         assert all(type(g[key]) is type(value) for key, value in wanted.items()), words
         del wanted['__file__'], wanted['SIZE']
@@ -80,7 +80,8 @@ def test_overrides_take_every_documented_form():
 
 def test_overrides_refuse_with_one_line():
     limits = dict(batch_size=1)
-    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits)
+    actions = {'with --teacher=maskgit': 'teacher_path', 'without --flag': 'note'}
+    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits, ACTIONS=actions)
     cases = {
         '--batchsize=3': ('x.py', 'unknown setting --batchsize', 'did you mean --batch_size?'),
         '--SIZE=3': ('unknown setting',),
@@ -94,7 +95,8 @@ def test_overrides_refuse_with_one_line():
         '-lr 3': ('stray word',),
         '--batch_size=0': ('--batch_size=0', 'at least 1'),
         '--data=': ('--data= cannot be, expected a name',),
-        '--teacher_path=x.pt': ('published weights', '--ckpt=x.pt')}
+        '--teacher_path=x.pt': ('x.py: --teacher_path has no effect here; give --teacher=maskgit',),
+        '--note=1 --flag': ('--note has no effect here; leave out --flag',)}
     for words, expected in cases.items():
         with exits_with(*expected):
             configure(dict(g), argv=words.split())
@@ -133,9 +135,9 @@ def test_the_command_line_beats_the_recipe_the_recipe_the_checkpoint_and_that_th
     recipes = dict(maskgit=dict(lr=0.3, steps=30), maskbit=dict(lr=9.0))
     g = settings(teacher='ours')
     with capture() as text:
-        configure(g, recipes, handed_on, ['--lr=0.4'])
+        configure(g, recipes, handed_on, ['--lr=0.4', '--D=20'])
     assert (g['lr'], g['steps'], g['D'], g['batch_size']) == (0.4, 30, 20, 8)
-    assert g['GIVEN'] == ('lr',)
+    assert g['GIVEN'] == ('lr', 'D') and g['CHANGED'] == ('lr',)
     assert text.getvalue() == 'recipe of --teacher=maskgit: --steps=30\n'
     assert out_folder('', 'ours') == 'out' and out_folder('', 'maskgit') == 'out/maskgit'
     assert out_folder('here', 'maskgit') == 'here'
@@ -655,7 +657,7 @@ def test_inception_score_of_uniform_is_1_and_of_balanced_one_hots_is_the_number_
     assert metrics.inception_score(in_order, 1000) < 1.01  # why the order is random
 
 
-def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
+def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 255, (40, 4, 4, 3), dtype=np.uint8)
     one = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -676,7 +678,8 @@ def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
     loaded = SimpleNamespace(tokenizer=SimpleNamespace(batch=2, decode=decode), encode=encode,
                              device=CPU)
     captions = [str(k) for k in range(12)]
-    reference = dict(mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
+    np.savez(f'{tmp_path}/ref.npz', mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
+    reference = metrics.read_reference(f'{tmp_path}/ref.npz', network, CPU, 7)
     row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5)
     assert set(row) == {'FID@12', 'IS', 'precision', 'recall'}
     assert row['precision'] == 1 and row['recall'] == 0
@@ -1060,7 +1063,7 @@ def test_a_missing_teacher_is_trained_first(tmp_path):
     with mock.patch.object(subprocess, 'Popen') as launched, capture() as text:
         with exits_with('tokenizer.py did not finish'):    # as nothing is there afterwards
             train_missing('shapes', f'{tmp_path}', 7)
-        command = [f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={tmp_path}']
+        command = [f'{HERE}/tokenizer.py', '--seed=7', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         assert 'tokenizer.pt is missing' in text.getvalue() and '3 minutes' in text.getvalue()
         launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]
@@ -1077,8 +1080,7 @@ def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
         with exits_with('model.py did not finish'):
             train_missing('shapes', tmp_path, 7)
         assert 'using the previous one' in text.getvalue()
-        command = [f'{HERE}/model.py', '--steps=5', '--data=shapes', '--D=32', '--resume=True',
-                   f'--out_dir={tmp_path}']
+        command = [f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         save_stage(tmp_path, 'model', 5)
         assert printed(train_missing, 'shapes', tmp_path, 7) == ''     # it holds its tokenizer

@@ -110,6 +110,8 @@ def run(script, *arguments, processes=1, before=''):
     if script in TINY:
         command += TINY[script] + OFTEN
     command += [*settings, *arguments]
+    if any(word.startswith('--data=/') for word in command) and '--n_images=256' in command:
+        command.remove('--n_images=256')       # a folder is used whole
     if processes == 1 and before != ON_GPU:
         return run_forked(command, before)
     return run_anew(command, processes, before)
