@@ -14,7 +14,7 @@ $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  #
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; RESULTS.md, section 16: where from
 $ python sample.py --inception=inception-2015-12-05.pt --ref=mine.npz --ref_from=FOLDER    # a reference of one's own
-$ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --n=50000 --npz=out/50000.npz    # for the ADM suite
+$ torchrun --nproc_per_node=8 -- sample.py --ckpt out/distill.pt --n=50000 --npz=out/50000.npz    # for the ADM suite
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json

@@ -150,6 +150,8 @@ def run_anew(command, processes, before):
     launch = [sys.executable]
     if processes > 1:
         launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    if processes > 1 and not before:           # else it takes --n for one of its own
+        launch.append('--')
     if before:
         start = 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")'
         launch += ['-c', before + start]
