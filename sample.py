@@ -103,9 +103,9 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
 
 # What a setting goes with; in no list: always. Given without it, it is refused
 ACTIONS = {
-    'without --metrics --sweep --ref_from --layout --label --prompts': 'prompt',
+    'without --metrics --sweep --ref_from --layout --label': 'prompt',
     'without --metrics --sweep --ref_from --layout --prompt --prompts': 'label',
-    'without --metrics --sweep --ref_from --prompt --label': 'prompts',
+    'without --metrics --sweep --ref_from --label': 'prompts',
     'without --metrics --sweep --ref_from --layout --bench': 'n grid',
     'without --metrics --sweep --ref_from --bench': 'png_dir npz',
     'with --prompts --png_dir': 'layout',
@@ -169,9 +169,9 @@ def name_classes(loaded):
 
 def choose_captions(number):
     """The captions to draw: --prompt or the class --label over and over (a name wins over a number,
-    as digits are called 0..9), the lines of --prompts, or as many training captions, spread over
+    as digits are called 0..9), else the lines of --prompts, or as many training captions, spread over
     all of them; for statistics, --npz, classes in random order."""
-    if prompts:
+    if prompts and not prompt:
         return spread(PromptFile(prompts), number)
     if not label and npz and loaded.classes and not prompt:
         return some_classes(number)

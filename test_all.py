@@ -1371,8 +1371,9 @@ def test_images_are_written_as_they_are_drawn_by_all_processes_and_packed(tmp_pa
     must_refuse(*ask, *packed, words='many.npz: is there already')
     assert 'drawn now' in must_run(*ask, f'--png_dir={tmp_path}/two', processes=2)
     assert sorted(os.listdir(tmp_path / 'two')) == sorted(os.listdir(folder))
-    for k in range(7):
-        assert png(tmp_path / 'two', k) == png(folder, k)
+    for k in range(7):                         # a new process may round otherwise than a forked one
+        again = np.asarray(Image.open(tmp_path / 'two' / f'{k:05d}.png')).astype(int)
+        assert abs(again - pixels[k]).max() <= 1, abs(again - pixels[k]).max()
 
 
 def test_no_file_of_others_is_replaced_and_no_image_of_others_taken_for_these(tmp_path):

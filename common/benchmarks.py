@@ -218,7 +218,7 @@ def write_image(image, path):
     """Image (3, H, W) in [-1, 1] -> PNG or JPEG: temporary name, then renamed, so that what is
     there is whole."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary = f'{path}.tmp'                          # one process writes it; one killed leaves it to the next
     with writing(path):
         Image.fromarray(pixels).save(temporary, format='JPEG' if path.endswith('.jpg') else 'PNG')
         os.replace(temporary, path)

@@ -601,7 +601,7 @@ def results_file(stem, kind, config, changed):
     once: raises OSError."""
     parts = [f'{key}={short(config[key])}' for key in sorted(changed) if key not in UNNAMED]
     name = '-'.join([kind, *parts])
-    if len(name) > 150:
+    if len(name) > 180:
         name = f'{kind}-{short(name)}'
     path = f'{writable(stem)}-{name}.json'
     try_writing(path)
