@@ -123,6 +123,14 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
     ema_decay=(0, 1), teacher_steps=1)
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {
+    'with --teacher=ours': 'teacher_ckpt',
+    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
+    'with --teacher=maskgen|meissonic': 'text_path prompts',
+    'with --teacher=meissonic': 'teacher_grid',
+    'with --aux_muon': 'aux_momentum'}
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 

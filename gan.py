@@ -145,6 +145,16 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
     disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {
+    'with --teacher=ours': 'teacher_ckpt',
+    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
+    'with --teacher=maskgen|meissonic': 'text_path prompts',
+    'with --teacher=meissonic': 'teacher_grid',
+    'with --w_dimo': 'beta cfg_scale p_full p_near schedule label_smoothing aux_lr aux_muon',
+    'with --w_dimo --aux_muon': 'aux_momentum',
+    'with --w_gan': 'hinge r_max relax'}
 # -----------------------------------------------------------------------------
 # The discriminator
 

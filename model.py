@@ -57,6 +57,9 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     n_images=8, log_every=1, save_every=1, D=1, depth=1, n_head=1, steps=0, batch_size=1,
     micro_batch=0, lr=0, muon_lr=0, weight_decay=0, schedule=('arccos', 'cosine'), p_full=(0, 1),
     p_drop=(0, 1), ema_decay=(0, 1))
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {'with --data=shapes|shapes-open': 'n_images'}
 # -----------------------------------------------------------------------------
 # The transformer
 

@@ -145,6 +145,23 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
     ema_decay=(0, 1), teacher_steps=1, relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0,
     image_clip=0, reward_steps=0, reward_batch=2, reward_lr=0, n_wrong=1)
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {
+    'with --teacher=ours': 'teacher_ckpt',
+    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
+    'with --teacher=maskgen|meissonic': 'text_path prompts',
+    'with --teacher=meissonic': 'teacher_grid',
+    'with --w_dimo': 'beta cfg_scale p_full p_near schedule label_smoothing aux_lr aux_muon',
+    'with --w_dimo --aux_muon': 'aux_momentum',
+    'with --w_clipscore': 'clip_path',
+    'with --w_hps': 'clip_path hps_path',
+    'with --w_pick': 'clip_path pick_path',
+    'with --w_imagereward': 'imagereward_path bert_path',
+    'with --held_out=clipscore': 'clip_path',
+    'with --held_out=hps': 'clip_path hps_path',
+    'with --held_out=pick': 'clip_path pick_path',
+    'with --held_out=imagereward': 'imagereward_path bert_path'}
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 

@@ -13,21 +13,24 @@ $ python sample.py --ckpt out/model.pt --sweep                                 #
 $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
       --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; RESULTS.md, section 16: where from
+$ python sample.py --inception=inception-2015-12-05.pt --ref=mine.npz --ref_from=FOLDER    # a reference of one's own
+$ torchrun --nproc_per_node=8 -- sample.py --ckpt out/distill.pt --n=50000 --npz=out/50000.npz    # for the ADM suite
 Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json
 import os
-import zipfile
 
 import numpy as np
+import torch
 
+from common.benchmarks import check_new, draw_folder, pack_folder, plain_jobs, read_jobs, read_pixels, write_npz
 from common.files import load_checkpoint, settings_of
-from common.benchmarks import is_whole, read_jobs, write_image, write_metadata
-from common.images import decode_images, open_data, save_grid, word_encoder, write_pngs
-from common.metrics import (NoReference, Reference, balanced_labels, inception_metrics, load_inception, render,
-                            show_table)
+from common.images import is_image, open_data, save_grid, word_encoder
+from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, inception_metrics,
+                            load_inception, read_reference, render, show_table)
 from common.rewards import mean_scores, published_scores
-from common.run import configure, end_run, image_rngs, progress, start_run, timed, writing
+from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
+                        writing)
 from common.teachers import load_teacher, unpack
 from common.text import PromptFile
 from common.world import WORLDS
@@ -61,14 +64,18 @@ top_p = 0.0            # keep the likeliest codes up to this total probability, 
 batch = 250            # images per forward pass; lower it when memory runs out
 weights = 'ema'        # ema (averaged) or net (the last iterate)
 grid = ''              # picture to write, '' = samples.png beside the checkpoint
-png_dir = ''           # also write every image as a PNG file into this folder
+png_dir = ''           # also write every image as a PNG file into this folder, as it is drawn; what is there is kept
+npz = ''               # and all of them into this file for the ADM suite; png_dir '' = its name without .npz
 layout = ''            # write the images of a benchmark into png_dir: geneval, hpsv2 or mjhq
 metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
 inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
+inception_sha256 = ''  # run it only if this is its digest, which is printed before
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
+ref_from = ''          # make that npz from this folder of images and stop
+ref_size = 256         # pixels a side to which they are cropped and resized
 clip_path = ''         # with --metrics, means of published rewards whose files are given: CLIP ViT-H/14, folder or hub id,
 hps_path = ''          # HPSv2.1 (and clip_path, for its words),
 pick_path = ''         # PickScore (likewise),
@@ -92,10 +99,43 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     layout=('', 'geneval', 'hpsv2', 'mjhq'),
     weights=('ema', 'net'),
     n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
-    r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6, power=0)
+    r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6, power=0, ref_size=1)
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {
+    'without --metrics --sweep --ref_from --layout --label': 'prompt',
+    'without --metrics --sweep --ref_from --layout --prompt --prompts': 'label',
+    'without --metrics --sweep --ref_from --label': 'prompts',
+    'without --metrics --sweep --ref_from --layout --bench': 'n grid',
+    'without --metrics --sweep --ref_from --bench': 'png_dir npz',
+    'with --prompts --png_dir': 'layout',
+    'with --prompts --npz': 'layout',
+    'with --prompts --inception --ref': 'layout',
+    'without --ref_from --layout --metrics --sweep': 'bench',
+    'without --ref_from --bench': 'metrics',
+    'without --ref_from --bench --inception': 'sweep',
+    'without --ref_from --sweep': 'cfg_scale gumbel',
+    'with --metrics --inception=': 'n_metrics n_reference clip_path hps_path pick_path imagereward_path',
+    'with --metrics --inception --ref': 'n_metrics inception ref inception_sha256 prompts',
+    'with --sweep': 'n_metrics n_reference clip_path hps_path pick_path imagereward_path',
+    'with --metrics --imagereward_path': 'bert_path',
+    'with --sweep --imagereward_path': 'bert_path',
+    'with --metrics --clip_path --inception=': 'prompts',
+    'with --metrics --imagereward_path --inception=': 'prompts',
+    'with --inception --ref': 'ref_from',
+    'with --inception --ref --ref_from': 'inception ref inception_sha256 ref_size',
+    'with --teacher=ours --ref_from=': 'ckpt weights',
+    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path teacher_heads student',
+    'with --teacher=ours|maskgen|meissonic': 'text_path',
+    'with --teacher=meissonic': 'teacher_grid'}
+TEACHERS_OWN = ('steps', 'cfg_scale', 'gumbel', 'law', 'power', 'sweep')     # without effect on a one-step generator
+GENERATORS_OWN = ('r_init', 'sigma_init')                                   # the reverse
+MADE_BY = ('weights', 'seed', 'cfg_scale', 'gumbel', 'law', 'power', 'top_k', 'top_p', 'r_init', 'sigma_init',
+           'layout')                                   # what the images in a folder have in common
+SHOWN = 256                                            # most images of a grid
 # -----------------------------------------------------------------------------
 
-GIVEN = ()             # the settings that the command line names: `configure` writes it
+GIVEN = CHANGED = ()   # the settings that the command line names, and changes: `configure` writes them
 
 
 def load():
@@ -105,8 +145,6 @@ def load():
     if teacher != 'ours':
         loaded = load_teacher(teacher, teacher_path, tokenizer_path, data, teacher_heads, run.device, text_path,
                               '' if layout else prompts, teacher_grid, any_prompts=True)
-        if weights != 'ema':
-            raise ValueError(f'{teacher} has one set of weights; leave --weights=ema')
         return loaded, 'model', 0, teacher_path, os.path.join('out', teacher)
     state = load_checkpoint(ckpt, 'model|distill|gan|reward', 'Make one with: python distill.py', fallback=True)
     loaded = unpack(state, run.device, weights, tokenizer_path, ckpt, text_path)
@@ -117,18 +155,26 @@ def load():
 def name_classes(loaded):
     """Classes that are only numbered are called as the folders in --data are."""
     numbers = [str(k) for k in range(len(loaded.classes))]
-    if numbers and data and data not in WORLDS and loaded.classes == numbers:
-        named = list(open_data(data, loaded.tokenizer.config['image_size']).words)
-        if len(named) == len(numbers):
-            loaded.words = loaded.classes = named
-            loaded.encode = word_encoder(named, loaded.net.config['T'], loaded.device)
+    if not data or data in WORLDS or not numbers or loaded.classes != numbers:
+        if data and not sweep and (inception or not metrics):
+            raise ValueError(f'--data has no effect here: the classes of {ckpt} need no names; it is used with '
+                             '--metrics')
+        return
+    named = list(open_data(data, loaded.tokenizer.config['image_size']).words)
+    if len(named) != len(numbers):
+        raise ValueError(f'--data={data} has {len(named)} class folders, {ckpt} knows {len(numbers)} classes')
+    loaded.words = loaded.classes = named
+    loaded.encode = word_encoder(named, loaded.net.config['T'], loaded.device)
 
 
 def choose_captions(number):
     """The captions to draw: --prompt or the class --label over and over (a name wins over a number,
-    as digits are called 0..9), or as many training captions, spread over all of them."""
+    as digits are called 0..9), else the lines of --prompts, or as many training captions, spread over
+    all of them; for statistics, --npz, classes in random order."""
     if prompts and not prompt:
         return spread(PromptFile(prompts), number)
+    if not label and npz and loaded.classes and not prompt:
+        return some_classes(number)
     if not label:
         return [prompt] * number if prompt else loaded.examples(number)
     if not loaded.classes:
@@ -137,8 +183,17 @@ def choose_captions(number):
     if label in loaded.classes:
         return [label] * number
     if label.isdecimal() and int(label) < len(loaded.classes):
-        return [loaded.classes[int(label)]] * number
+        named = loaded.classes[int(label)]
+        if run.rank == 0:
+            print(f'note: no class is called {label}; drawn is number {int(label)} of them, from 0, which is {named}')
+        return [named] * number
     raise ValueError(f'--label={label!r} is no class of this model; try one of {", ".join(loaded.classes[:40])}')
+
+
+def some_classes(number):
+    """Every class equally often, in random order, as the Inception Score wants it."""
+    labels = balanced_labels(number, len(loaded.classes), seed)
+    return [loaded.classes[k] for k in labels.tolist()]
 
 
 def spread(lines, number):
@@ -159,13 +214,23 @@ def sampler(cfg_scale, gumbel):
     return draw
 
 
+def check_sampler():
+    """Raise ValueError for a setting that is given and that this kind of sampler has not."""
+    kind, others = 'is a one-step generator', TEACHERS_OWN
+    if is_teacher:
+        kind, others = 'is a teacher, which draws in steps', GENERATORS_OWN
+    for key in others:
+        if key in GIVEN and not (key == 'steps' and steps <= 1):
+            raise ValueError(f'--{key} has no effect here: {path} {kind}')
+
+
 def passes(cfg_scale):
     """Network passes of that sampler."""
     return teacher_passes(loaded.net, n_steps, cfg_scale, law, power) if is_teacher else 1
 
 
 # -----------------------------------------------------------------------------
-# What it does: one of four actions
+# What it does: one of six actions
 
 def time_one_batch():
     """Network and decoder apart."""
@@ -191,24 +256,28 @@ def time_one_batch():
 def measure_inception():
     """FID and IS with the network that the user names, precision and recall where the reference has
     images."""
-    network, digest = load_inception(inception, run.device)
-    reference = open_reference(ref)
+    file = results_file(stem, 'inception', config, CHANGED)
+    network, digest = load_inception(inception, run.device, inception_sha256)
+    reference = read_reference(ref, network, run.device, batch)
     captions = inception_captions()
-    row = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
-    if run.rank == 0:
-        print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({len(captions)} images, seeds ({seed}, k), '
-              f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
-        if 'arr_0' not in reference:
-            print(f'no precision and recall: {ref} holds no images (arr_0)')
-        write_json(f'{stem}-inception.json', dict(row, ckpt=path, step=step, seed=seed, ref=ref, sha256=digest))
+
+    def report(row):
+        if run.rank == 0:
+            print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({len(captions)} images, seeds ({seed}, k), '
+                  f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
+            write_results(file, dict(row, sha256=digest, images=len(captions), passes=passes(cfg_scale)))
+    row = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch, report)
+    if 'precision' in row:
+        report(row)
+    elif reference.features is None and run.rank == 0:
+        print(f'no precision and recall: {ref} holds no images (arr_0)')
 
 
 def inception_captions():
     """Classes in random order; for a model that reads text the prompts of a file, as MJHQ-30K's
     meta_data.json."""
     if loaded.classes:
-        labels = balanced_labels(n_metrics, len(loaded.classes), seed)
-        return [loaded.classes[k] for k in labels.tolist()]
+        return some_classes(n_metrics)
     if layout:
         lines = [job.prompt for job in read_jobs(layout, prompts)]
         return spread(lines, min(n_metrics, len(lines)))
@@ -218,20 +287,29 @@ def inception_captions():
                      '--prompts=meta_data.json')
 
 
-def open_reference(path):
-    """The npz of the ADM suite. Raises ValueError."""
-    try:
-        reference = np.load(path)
-        reference['mu'], reference['sigma']
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f'--ref={path}: {type(error).__name__}; expected an npz with mu and sigma, as the ADM suite '
-                         'publishes (assets/RESULTS.md, section 16)') from None
-    return reference
+def make_reference():
+    """The statistics of a folder of images, cropped and resized as data are, as an npz that --ref
+    reads: mu and sigma of all readable ones, and 10,000 of them (arr_0) for precision and
+    recall."""
+    check_new('ref', ref)
+    try_writing(ref)
+    network, _ = load_inception(inception, run.device, inception_sha256)
+    source = open_data(ref_from, ref_size)
+    mean, covariance, readable = folder_moments(source, network, run.device, batch)
+    if run.rank == 0:
+        some = np.sort(np.random.RandomState(0).permutation(readable)[:10_000])
+        shape = len(some), ref_size, ref_size, 3
+        write_npz(ref, shape, folder_pixels(source, some, batch), mu=mean, sigma=covariance)
+        print(f'{ref}: mu, sigma of {len(readable)} images of {ref_from} at {ref_size} pixels, arr_0 holds {len(some)} '
+              'of them')
+        if len(readable) <= len(mean):
+            print(f'note: sigma of {len(mean)} features needs more images than that')
 
 
 def measure_toy():
     """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with
     --sweep, at sixteen."""
+    file = results_file(stem, 'sweep' if sweep else 'metrics', config, CHANGED)
     scores = published_scores(globals(), run.device)
     if loaded.data or data:
         source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
@@ -261,69 +339,64 @@ def measure_toy():
     show_table(entries)
     print(f'image seeds ({seed}, 0..{n_metrics - 1}), {n_steps} step(s), tau {tau * tau_sample:g}, weights {weights} of '
           f'training step {step}')
-    name = f'{stem}-{"sweep" if sweep else "metrics"}'
-    if seed:
-        name += f'-{seed}'
-    write_json(f'{name}.json', dict(ckpt=path, step=step, seed=seed, rows=entries))
+    write_results(file, dict(rows=entries))
+
+
+def write_results(file, results):
+    """Numbers, and all settings that they were made with."""
+    made = dict(ckpt=path, stage=stage, step=step, steps=n_steps, config=config)
+    with writing(file), open(file, 'w') as opened:
+        json.dump(dict(results, **made), opened, indent=1)
+    print(f'-> {file}')
+
+
+def draw_files(jobs):
+    """Write the images of the jobs into a folder as they are drawn, and all of them into an npz if
+    asked -> the folder."""
+    if npz:
+        check_new('npz', npz)
+        try_writing(npz)
+    folder = png_dir or os.path.splitext(npz)[0]
+    made = dict({key: config[key] for key in MADE_BY}, model=os.path.abspath(path), stage=stage, step=step,
+                steps=n_steps, tau=tau * tau_sample)
+    drawn = draw_folder(sampler(cfg_scale, gumbel), loaded, jobs, folder, made, seed, batch)
+    if run.rank == 0:
+        of_layout = f' of {layout}' if layout else ''
+        print(f'{len(jobs)} images{of_layout}, seeds ({seed}, 0..{len(jobs) - 1}), {passes(cfg_scale)} network pass(es), '
+              f'{drawn} of them drawn now -> {folder}')
+        if npz:
+            pack_folder(folder, jobs, npz)
+            print(f'the same images -> {npz}')
+    return folder
 
 
 def draw_benchmark():
-    """The images of a benchmark in its layout, a seed per prompt and image; what is there and whole
-    is skipped."""
-    jobs = read_jobs(layout, prompts)
-    same_images()
-    missing = [job for job in jobs if not is_whole(os.path.join(png_dir, job.file))]
-    draw, bar = sampler(cfg_scale, gumbel), progress(len(missing), layout)
-    for begin in range(0, len(missing), batch):
-        some = missing[begin:begin + batch]
-        captions = [job.prompt for job in some]
-        tokens = draw(loaded.encode(captions), image_rngs(seed, [job.k for job in some], run.device))
-        images = decode_images(loaded.tokenizer, tokens, captions)
-        for job, image in zip(some, images):
-            if job.metadata:
-                write_metadata(png_dir, job)
-            write_image(image, os.path.join(png_dir, job.file))
-        bar.update(len(some))
-    bar.close()
-    print(f'{len(jobs)} images of {layout}, {len(missing)} of them drawn now, seeds ({seed}, 0..{len(jobs) - 1}) -> '
-          f'{png_dir}')
-
-
-def same_images():
-    """A folder holds the images of one model and one sampler, as a file beside it says, so that
-    images of another are never judged for this one. Raises ValueError."""
-    about = png_dir.rstrip('/') + '.json'
-    made = dict(model=os.path.abspath(path), stage=stage, step=step, weights=weights, seed=seed, steps=n_steps,
-                cfg_scale=cfg_scale, gumbel=gumbel, tau=tau * tau_sample, layout=layout)
-    if os.path.exists(about):
-        with open(about) as file:
-            before = json.load(file)
-        for key, value in made.items():
-            if before.get(key) != value:
-                raise ValueError(f'--png_dir={png_dir} holds images of {key} {before.get(key)}, not {value} ({about}); '
-                                 'give these a folder of their own')
-        return
-    write_json(about, made)
+    """The images of a benchmark in its layout."""
+    draw_files(read_jobs(layout, prompts))
 
 
 def draw_grid():
-    """A grid, and perhaps a PNG per image."""
+    """A grid, and perhaps a PNG per image, of which the grid shows the first."""
+    picture = grid or os.path.join(os.path.dirname(writable(stem)), 'samples.png')
+    if not is_image(picture):
+        raise ValueError(f'--grid={picture}: expected the name of a picture, as in x.png')
+    try_writing(picture)
+    if n > SHOWN and not (png_dir or npz):
+        raise ValueError(f'--n={n} is more than the {SHOWN} images of a grid; write them with --png_dir=FOLDER or '
+                         '--npz=FILE')
     captions = choose_captions(n)
+    if png_dir or npz:
+        jobs = plain_jobs(captions)
+        folder = draw_files(jobs)
+        if run.rank == 0:
+            pixels = np.stack([read_pixels(os.path.join(folder, job.file)) for job in jobs[:SHOWN]])
+            save_grid(picture, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, captions)
+            print(f'the first {len(pixels)} -> {picture}')
+        return
     images, ms = render(sampler(cfg_scale, gumbel), loaded, captions, seed, batch)
-    picture = grid or os.path.join(os.path.dirname(stem), 'samples.png')
     save_grid(picture, images, captions)
-    written = picture
-    if png_dir:
-        write_pngs(png_dir, images, captions)
-        written += f' and {png_dir}/'
     print(f'{n} images, seeds ({seed}, 0..{n - 1}), {passes(cfg_scale)} network pass(es), {ms:.1f} ms per image on '
-          f'{run.device} -> {written}')
-
-
-def write_json(path, content):
-    with writing(path), open(path, 'w') as file:
-        json.dump(content, file, indent=1)
-    print(f'-> {path}')
+          f'{run.device} -> {picture}')
 
 
 def handed_on(settings):
@@ -340,28 +413,17 @@ def handed_on(settings):
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    configure(globals(), RECIPES, handed_on)
+    config = configure(globals(), RECIPES, handed_on)
     run = start_run(half=('cuda',))                    # float32 on a CPU, as in the stages' tables
-    if run.world > 1 and not (metrics and inception):
-        raise ValueError('runs as one process, except for --metrics --inception=...; start it with python')
-    if (inception or ref) and (sweep or not metrics):
-        raise ValueError('--inception and --ref go with --metrics, and not with --sweep')
-    if bool(inception) != bool(ref):
-        raise ValueError('--inception and --ref go together: a network and the statistics made with it')
-    if (metrics or sweep) and (prompt or label or png_dir):
-        raise ValueError('--metrics and --sweep use captions of the data and write no images; leave out --prompt, '
-                         '--label and --png_dir')
-    if layout and not (prompts and (png_dir or inception)):
-        raise ValueError(f'--layout={layout} needs --prompts, the file or folder of the benchmark, and --png_dir, where '
-                         'its images go')
-    if layout and (prompt or label or bench):
-        raise ValueError(f'--layout={layout} draws the prompts of its file; leave out --prompt, --label and --bench')
-    if prompts and label:
-        raise ValueError('--prompts and --label are two ways to say what is drawn; leave one out')
+    if run.world > 1 and not (inception or png_dir or npz):
+        raise ValueError('runs as one process, except for --inception, --png_dir and --npz; start it with python')
+    if ref_from:
+        make_reference()
+        end_run()
+        raise SystemExit
     loaded, stage, step, path, stem = load()
     is_teacher = stage == 'model' and not student
-    if not is_teacher and ('steps' in GIVEN and steps > 1 or sweep):
-        raise ValueError(f'{path}: is a one-step generator; --steps and --sweep are for a teacher, as in out/model.pt')
+    check_sampler()
     n_steps = 1
     if is_teacher:
         n_steps = steps or min(16, loaded.net.N)

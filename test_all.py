@@ -49,7 +49,7 @@ import sample
 import tokenizer as T
 import tteo
 from common import run as common_run
-from common.images import captions_of, open_data, word_ids, write_pngs
+from common.images import captions_of, open_data, word_ids
 from common.metrics import Reference
 from common.rewards import TwoTower, world_reward
 from common.run import cosine_law, image_rngs, micro_rng, rate_law, rng_for
@@ -1345,11 +1345,54 @@ def test_sampling_writes_the_same_image_whatever_the_batch(tmp_path):
     assert '2 images, seeds (0, 0..1), 1 network pass' in text
     assert os.path.exists(grid)
     assert len(os.listdir(three)) == 4
+    text = must_run(f'{ask} --n=3')            # without a folder
+    assert f'ms per image on cpu -> {grid}' in text
     assert png(single, 0) != png(single, 1)
     for k in range(2):
         assert png(three, k) == png(single, k)
-    write_pngs(three, torch.zeros(1, 3, 4, 4), ['a circle'])
-    assert sorted(os.listdir(three)) == ['00000.png', 'captions.txt']     # nothing of the earlier call
+
+
+def test_images_are_written_as_they_are_drawn_by_all_processes_and_packed(tmp_path):
+    folder = tmp_path / 'many'
+    ask = ['sample.py', f'--ckpt={tiny_run()[0]}/distill.pt', '--prompt', 'a red\ncircle', '--n=7', '--batch=2',
+           f'--grid={tmp_path}/x.png']
+    packed = [f'--npz={folder}.npz']
+    killed = KILL.format(call='os.replace', nth=6, signal='SIGKILL')     # names two texts first
+    assert run(*ask, *packed, before=killed)[0] != 0
+    assert len(list(folder.glob('0*.png'))) == 3 and not os.path.exists(f'{folder}.npz')
+    text = must_run(*ask, *packed)
+    assert '4 of them drawn now' in text and 'the first 7 -> ' in text
+    lines = (folder / 'captions.txt').read_text().split('\n')
+    assert lines[6:] == ['00006.png\ta red circle', '']
+    pixels = np.load(f'{folder}.npz')['arr_0']
+    assert pixels.shape == (7, 32, 32, 3) and pixels.dtype == np.uint8
+    for k, image in enumerate(pixels):
+        assert np.array_equal(image, Image.open(folder / f'{k:05d}.png'))
+    must_refuse(*ask, *packed, words='many.npz: is there already')
+    assert 'drawn now' in must_run(*ask, f'--png_dir={tmp_path}/two', processes=2)
+    assert sorted(os.listdir(tmp_path / 'two')) == sorted(os.listdir(folder))
+    for k in range(7):                         # a new process may round otherwise than a forked one
+        again = np.asarray(Image.open(tmp_path / 'two' / f'{k:05d}.png')).astype(int)
+        assert abs(again - pixels[k]).max() <= 1, abs(again - pixels[k]).max()
+
+
+def test_no_file_of_others_is_replaced_and_no_image_of_others_taken_for_these(tmp_path):
+    ask = f'sample.py --ckpt={tiny_run()[0]}/distill.pt --grid={tmp_path}/x.png --png_dir={tmp_path}/L'
+    for name in ('00001.png', 'captions.txt'):
+        shutil.rmtree(tmp_path / 'L', ignore_errors=True)
+        os.mkdir(tmp_path / 'L')
+        (tmp_path / 'L' / name).write_text('mine')
+        must_refuse(f'{ask} --n=2', words=f'{name}: is there and was not drawn here')
+        assert os.listdir(tmp_path / 'L') == [name] and (tmp_path / 'L' / name).read_text() == 'mine'
+    (tmp_path / 'L.json').write_text('{"my": 1}')
+    must_refuse(f'{ask} --n=2', words='L.json: does not say what')
+    os.remove(tmp_path / 'L.json')
+    os.remove(tmp_path / 'L' / name)
+    (tmp_path / 'L' / 'other.png').write_text('mine')
+    must_run(f'{ask} --n=2')
+    assert (tmp_path / 'L' / 'other.png').read_text() == 'mine'
+    for change, words in {'--n=3': 'of n 2, not 3', '--n=2 --top_k=4': 'of top_k 0, not 4'}.items():
+        must_refuse(f'{ask} {change}', words=words)
 
 
 def test_what_is_drawn_is_the_one_step_generator_with_the_settings_of_its_run(tmp_path):
@@ -1376,7 +1419,7 @@ def test_a_sweep_measures_sixteen_settings_and_prints_sample_count_seeds_and_ref
     text = must_run(f'sample.py --ckpt={folder}/model.pt --sweep --steps=2 --n_metrics=30 --n_reference=600')
     for words in ('30 images per row', '600 held-out renders', 'seeds (0, 0..29)', *TASKS):
         assert words in text
-    rows = table_of(f'{folder}/model-sweep.json')
+    rows = table_of(f'{folder}/model-sweep-n_metrics=30-n_reference=600-steps=2.json')
     assert len({row['name'] for row in rows} - {'real images'}) == 16
     assert all(row['toy_fd'] > 0 for row in rows), rows
 
@@ -1407,7 +1450,8 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     assert row['reference'] == f'20 images of {data} (real images: 20 others)'
     ask = f'sample.py --ckpt={folder}/distill.pt --n=2'
     for label in ('zero', '1'):                # the classes are 0 one, 1 zero
-        must_run(f'{ask} --label={label} --png_dir={tmp_path}/{label}')
+        text = must_run(f'{ask} --label={label} --png_dir={tmp_path}/{label}')
+        assert ('note: no class is called 1; drawn is number 1 of them, from 0, which is zero' in text) == (label == '1')
         lines = pathlib.Path(f'{tmp_path}/{label}/captions.txt').read_text()
         assert lines == '00000.png\tzero\n00001.png\tzero\n'
     must_refuse(f'{ask} --label=two', words='one, zero')
@@ -1747,6 +1791,13 @@ def test_fid_and_is_are_measured_whatever_the_batch_and_the_processes(tmp_path):
         again = must_run(f'{ask} --ref={tmp_path}/bare.npz', processes=processes)
         assert 'no precision and recall' in again
         assert abs(fid_of(text) - fid_of(again)) < 1e-3 * fid_of(text)
+    with open(re.search('-> (.*json)', text)[1]) as file:
+        results = json.load(file)
+    assert results['FID@30'] and results['precision'] >= 0 and results['config']['tau'] == 1.0 and results['passes'] == 1
+    ten_classes(f'{tmp_path}/data')
+    must_run(f'sample.py --inception={inception} --ref={tmp_path}/made.npz --ref_from={tmp_path}/data --ref_size=16')
+    again = must_run(f'{ask} --ref={tmp_path}/made.npz --seed=3')
+    assert 'precision' in again and 'seed=3' in again
 
 
 SMALL_MASKGIT = """
@@ -1841,7 +1892,12 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
         f'{teacher} --label=cat': '--prompt',
         f'{teacher} --steps=99': 'more than the 64 tokens',
         f'{teacher} --metrics --n_metrics=2': '--n_metrics',
-        f'{teacher} --metrics --prompt "a circle"': 'leave out --prompt',
+        f'{teacher} --r_init=.5': '--r_init has no effect here',
+        f'{student} --n=300': 'more than the 256 images of a grid',
+        f'{student} --data=/x': '--data has no effect here',
+        f'{student} --grid=x': 'expected the name of a picture',
+        f'{student} --grid={folder}/tokenizer.pt/x.png': 'cannot write',
+        f'{student} --cfg_scale=4': 'is a one-step generator',
         f'{student} --steps=4': 'is a one-step generator',
         f'{student} --sweep': 'is a one-step generator',
         f'reward.py --w_clip=0 --overwrite {to_done}': 'every reward has weight 0',

@@ -26,7 +26,8 @@ import torch
 from common.files import check_origin, load_checkpoint, settings_of
 from common.images import save_curve, save_grid
 from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum, small_reward_origin
-from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, writing)
+from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, try_writing, writable,
+                        writing)
 from common.teachers import unpack
 from model import relaxed, start_embedding
 
@@ -84,6 +85,19 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'),
     output=('soft', 'tokens'), r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'))
+
+# What a setting goes with; in no list: always. Given without it, it is refused
+ACTIONS = {
+    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'tokenizer_path',
+    'with --teacher=maskgen|meissonic': 'text_path',
+    'with --w_clipscore': 'clip_path',
+    'with --w_hps': 'clip_path hps_path',
+    'with --w_pick': 'clip_path pick_path',
+    'with --w_imagereward': 'imagereward_path bert_path',
+    'with --held_out=clipscore': 'clip_path',
+    'with --held_out=hps': 'clip_path hps_path',
+    'with --held_out=pick': 'clip_path pick_path',
+    'with --held_out=imagereward': 'imagereward_path bert_path'}
 # -----------------------------------------------------------------------------
 # This stage's equations
 
@@ -283,7 +297,8 @@ if __name__ == '__main__':
     loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt, text_path)
     loaded.data = data or loaded.data
     folder = os.path.dirname(ckpt)
-    world_file, stem = os.path.join(folder, 'rewards.pt'), name or os.path.join(folder, 'tteo')
+    world_file, stem = os.path.join(folder, 'rewards.pt'), name or writable(os.path.join(folder, 'tteo'))
+    try_writing(f'{stem}.json')                        # before slow work
     if needs_small_rewards(config):
         check_small_rewards(world_file, loaded)
     rewards = load_rewards(config, world_file, run.device)

@@ -58,7 +58,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from common.files import digest_of
@@ -1116,12 +1116,19 @@ class TokenData:
 # -----------------------------------------------------------------------------
 # Pictures
 
+FONT_FOLDERS = ('/usr/share/fonts', '/usr/local/share/fonts', '~/.fonts', '~/.local/share/fonts',
+                '/System/Library/Fonts', '/Library/Fonts', '~/Library/Fonts', 'C:/Windows/Fonts')
+LETTER = 9                     # height of a caption's letters in pixels
+NO_LETTER = '\U0010fffe'       # every font shows its sign for a missing glyph
+
+
 def save_grid(path, images, captions=(), columns=8):
     """Images (n, 3, H, W) in [-1, 1] -> one PNG, `columns` per row, each with its caption below if
-    captions are given."""
+    captions are given. One that no font here can write is a number, of which a note tells."""
     images = images.detach().float().cpu().clamp(-1, 1)
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()   # (n, H, W, 3)
     n, H, W, _ = pixels.shape
+    columns = min(columns, n)
     scale = math.ceil(96 / W)                                  # tiles with room for captions
     gap = 4
     room = 30 if len(captions) else 0                          # three lines of text
@@ -1130,32 +1137,75 @@ def save_grid(path, images, captions=(), columns=8):
     rows = math.ceil(n / columns)
     sheet = Image.new('RGB', (columns * width, rows * height), 'white')
     pen = ImageDraw.Draw(sheet)
+    unwritten = {}
     for k, array in enumerate(pixels):
         x = k % columns * width
         y = k // columns * height
         tile = Image.fromarray(array).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y))
         if len(captions):
-            lines = textwrap.wrap(captions[k], width // 6)     # a letter is about 6 pixels wide
+            caption = one_line(captions[k])
+            font = font_for(caption)
+            if font is None:
+                number = unwritten.setdefault(caption, f'[{k}]')
+                caption, font = number, built_in_font()
+            letter = 6 if font is built_in_font() else LETTER  # about so many pixels wide
+            lines = textwrap.wrap(caption, width // letter)
             text = '\n'.join(lines[:3])
-            pen.text((x, y + tile.height + 1), text, fill='black', font_size=9, spacing=0)
+            pen.text((x, y + tile.height + 1), text, fill='black', font=font, spacing=0)
+    note_unwritten(unwritten)
     with writing(path):
         sheet.save(path)
 
 
-def write_pngs(folder, images, captions):
-    """One PNG per image, 00000.png ..., and captions.txt with one line each; an earlier call's are
-    replaced."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    names = os.path.join(folder, 'captions.txt')
-    with writing(names):
-        if os.path.exists(names):
-            for old in glob.glob(glob.escape(folder) + '/[0-9][0-9][0-9][0-9][0-9].png'):
-                os.remove(old)
-        for k, array in enumerate(pixels):
-            Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
-        with open(names, 'w', encoding='utf-8') as file:
-            file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
+def note_unwritten(unwritten):
+    """Print which captions {caption: number} a grid shows as numbers, each set of them once."""
+    key = tuple(unwritten.items())
+    if unwritten and key not in NOTED:
+        NOTED.add(key)
+        legend = ', '.join(f'{number} {textwrap.shorten(caption, 60)}' for caption, number in key)
+        say(f'note: no font here has the letters of {len(unwritten)} captions, which are numbers in grids: {legend}')
+
+
+@functools.cache
+def built_in_font():
+    return ImageFont.load_default(LETTER)
+
+
+@functools.cache
+def font_for(text):
+    """The first font that has all letters of a text: the built-in one, then those of the system;
+    None where there is none."""
+    letters = set(text) - {' '}
+    if has_letters(built_in_font(), letters):
+        return built_in_font()
+    for font in system_fonts():                                # read only where they are needed
+        if has_letters(font, letters):
+            return font
+    return None
+
+
+def has_letters(font, letters):
+    """None of them is drawn as the sign for a missing one."""
+    absent = bytes(font.getmask(NO_LETTER))
+    return all(bytes(font.getmask(letter)) != absent for letter in letters)
+
+
+@functools.cache
+def system_fonts():
+    """The readable fonts in the usual folders, upright ones of common weight first."""
+    fonts = []
+    for folder in FONT_FOLDERS:
+        pattern = os.path.join(os.path.expanduser(folder), '**', '*.[to]t[fc]')
+        for path in sorted(glob.glob(pattern, recursive=True)):
+            with contextlib.suppress(OSError, ValueError):     # a font that PIL cannot read
+                fonts.append(ImageFont.truetype(path, LETTER))
+    return sorted(fonts, key=is_styled)
+
+
+def is_styled(font):
+    family, style = font.getname()
+    return style not in ('Regular', 'Book', 'Roman')
 
 
 def save_curve(path, curves, label):

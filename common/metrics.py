@@ -6,6 +6,9 @@ import hashlib
 import json
 import math
 import time
+import zipfile
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.images import decode_images, encode_images, save_grid
-from common.run import image_rngs, progress, rng_for, synchronise, writing
+from common.run import (image_rngs, is_rank0, place, progress, rng_for, sum_over_processes, synchronise,
+                        writing)
 
 TOY_SIZE = 32                                          # pixels a side that toy_features looks at
 NEIGHBOURS = 5                                         # reference images that vote on a label
@@ -314,22 +318,32 @@ class Moments:
 
 def inception_score(probs, split=5000):
     """exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016) in consecutive splits of class
-    probabilities (n, K), averaged over the splits. Labels must be in random order, or a split sees
-    few classes."""
+    probabilities (n, K), averaged over the splits, which hold `split` each or, where n is no
+    multiple, equally many: a small one would have a small score. Labels must be in random order, or
+    a split sees few classes."""
     scores = []
-    for p in probs.double().split(split):
+    for p in probs.double().tensor_split(max(1, len(probs) // split)):
         divergence = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)  # (split,)
         scores.append(divergence.mean().exp())
     return float(torch.stack(scores).mean())
 
 
-def load_inception(path, device):
+def load_inception(path, device, sha256=''):
     """The TorchScript Inception network that the user names, a program -> a function of uint8
     images (B, 3, H, W) that returns features (B, 2048) and class probabilities (B, 1008); sha256 of
-    the file. Raises ValueError where the file cannot be read."""
+    the file, printed before the program runs. Raises ValueError where the file cannot be read, or
+    has not the `sha256` wanted."""
     try:
         with open(path, 'rb') as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+        raise ValueError(f'--inception={path}: {error.strerror}; expected inception-2015-12-05.pt, see '
+                         'README.md') from None
+    if is_rank0():
+        print(f'{path}: a program, sha256 {digest}', flush=True)
+    if sha256 and sha256.strip().lower() != digest:
+        raise ValueError(f'--inception={path}: not run, its sha256 is {digest}, not --inception_sha256={sha256}')
+    try:
         program = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:80]
@@ -365,27 +379,18 @@ def decode_uint8(tokenizer, tokens, captions):
     return torch.cat(images)
 
 
-def reference_moments(ref, d, device):
-    """mu (d,) and sigma (d, d) of the open npz `ref` in float64. Raises ValueError where they have
-    other shapes."""
-    mean = torch.from_numpy(ref['mu']).double().to(device)
-    covariance = torch.from_numpy(ref['sigma']).double().to(device)
-    if mean.shape != (d,) or covariance.shape != (d, d):
-        shapes = f'mu has shape {tuple(mean.shape)}, sigma {tuple(covariance.shape)}'
-        raise ValueError(f'--ref: {shapes}, the network gives {d} features; '
-                         'give statistics that were made with this network')
-    return mean, covariance
+def widths_of(network, device):
+    """How many features and probabilities the network gives."""
+    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+    features, probs = network(blank)
+    return features.shape[1], probs.shape[1]
 
 
 def inception_outputs(sample, loaded, captions, network, widths, seed, batch):
     """What the network says of the images drawn for n captions, by all processes together ->
     Moments of the features, features (n, d), probabilities (n, K); widths are d and K. Batch k
     belongs to process k mod world; image i follows from (seed, i)."""
-    rank = 0
-    world = 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
+    rank, world = place()
     n = len(captions)
     device = loaded.device
     d, K = widths
@@ -412,23 +417,138 @@ def inception_outputs(sample, loaded, captions, network, widths, seed, batch):
 
 
 @torch.no_grad()
-def inception_metrics(sample, loaded, captions, network, ref, seed, batch):
+def inception_metrics(sample, loaded, captions, network, reference, seed, batch, report=None):
     """FID, IS, precision and recall of images that sample(cond, rngs) draws for n captions, class
     names in random order -> a dict, on every process. `network` gives features and probabilities;
-    `ref` is the open npz, with images (arr_0) or without: then no precision and recall. Fewer than
-    50,000 images are called FID@n. Raises ValueError where `ref` was made with another network."""
+    `reference` is what `read_reference` returns. Fewer than 50,000 images are called FID@n. FID and
+    IS are handed to report(row) before precision and recall, whose failure costs only them."""
     n = len(captions)
-    device = loaded.device
-    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
-    widths = [output.shape[1] for output in network(blank)]
-    wanted = reference_moments(ref, widths[0], device)
+    widths = widths_of(network, loaded.device)
     moments, features, probs = inception_outputs(
         sample, loaded, captions, network, widths, seed, batch)
 
     name = 'FID' if n >= 50_000 else f'FID@{n}'
+    wanted = reference.mean.to(loaded.device), reference.covariance.to(loaded.device)
     row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
-    if 'arr_0' in ref:
-        real = torch.from_numpy(ref['arr_0']).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
-        real_features = [network(part.to(device))[0] for part in real.split(batch)]
-        row['precision'], row['recall'] = precision_recall(torch.cat(real_features), features)
+    if report is not None:
+        report(row)
+    if reference.features is not None:
+        try:
+            precision, recall = precision_recall(reference.features, features)
+            row.update(precision=precision, recall=recall)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            print(f'no precision and recall: {str(error).splitlines()[0][:100]}')
     return row
+
+
+# -----------------------------------------------------------------------------
+# The reference of FID: an npz as the ADM suite publishes it
+
+MOST_IMAGES = 100_000                                  # in its arr_0; the suite's holds 10,000
+LARGEST_SIDE = 4096                                    # pixels
+
+
+@torch.no_grad()
+def read_reference(path, network, device, batch):
+    """mean (d,), covariance (d, d) and the network's features (M, d) of the images, None where
+    there are none (arr_0), from the npz at `path`, as an object. All of it is read and checked
+    here, before slow work; nothing in it is executed. Raises ValueError."""
+    d, _ = widths_of(network, device)
+    features = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            mean = read_numbers(archive, 'mu.npy', (d,))
+            covariance = read_numbers(archive, 'sigma.npy', (d, d))
+            check_moments(mean, covariance)
+            if 'arr_0.npy' in archive.namelist():
+                for pixels in read_images(archive, batch):
+                    features.append(network(pixels.to(device))[0])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+            NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f'--ref={path}: {reason}; expected an npz with mu and sigma, as the ADM suite publishes '
+                         '(assets/RESULTS.md, section 16), or as --ref_from=FOLDER makes it') from None
+    return SimpleNamespace(mean=mean, covariance=covariance, features=torch.cat(features) if features else None)
+
+
+def open_array(archive, name):
+    """An array of an open npz -> a file that stands at its numbers, shape, type. Raises ValueError
+    for objects, and where there are more or fewer bytes than its header says."""
+    file = archive.open(name)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f'{name} is of version {version}')
+    shape, by_columns, dtype = readers[version](file)
+    size = archive.getinfo(name).file_size - file.tell()
+    if dtype.hasobject or by_columns or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f'{name} is {shape} of {dtype} in {size} bytes, expected plain numbers row by row')
+    return file, shape, dtype
+
+
+def read_numbers(archive, name, wanted):
+    """-> float64 of the shape `wanted`."""
+    file, shape, dtype = open_array(archive, name)
+    if shape != wanted or dtype.kind != 'f':
+        raise ValueError(f'{name} is {shape} of {dtype}, expected {wanted} of floats, which are the features of '
+                         '--inception')
+    array = np.frombuffer(file.read(), dtype).reshape(shape)
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def check_moments(mean, covariance):
+    """Raise ValueError where these are no mean and covariance."""
+    if not mean.isfinite().all() or not covariance.isfinite().all():
+        raise ValueError('mu or sigma is not finite')
+    largest = covariance.abs().max()
+    if (covariance - covariance.T).abs().max() > 1e-4 * largest:
+        raise ValueError('sigma is not symmetric')
+    values = torch.linalg.eigvalsh(covariance)         # rounding may leave some just below 0
+    if covariance.diagonal().min() < -1e-6 * largest or values.min() < -1e-3 * values.max().abs():
+        raise ValueError('sigma has a negative variance')
+
+
+def read_images(archive, batch):
+    """arr_0, `batch` images at a time: uint8 (B, 3, H, W)."""
+    file, shape, dtype = open_array(archive, 'arr_0.npy')
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f'arr_0 is {shape} of {dtype}, expected images: uint8 (M, H, W, 3)')
+    M, H, W, _ = shape
+    if not 4 <= M <= MOST_IMAGES or not 1 <= max(H, W) <= LARGEST_SIDE:
+        raise ValueError(f'arr_0 is {shape}, expected 4 to {MOST_IMAGES} images of at most {LARGEST_SIDE} pixels a '
+                         'side')
+    for start in range(0, M, batch):
+        count = min(batch, M - start)
+        pixels = np.frombuffer(file.read(count * H * W * 3), np.uint8).reshape(count, H, W, 3)
+        yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def folder_moments(source, network, device, batch):
+    """Mean and covariance of the network's features of all readable images of a source, by all
+    processes together, and the numbers of these images."""
+    rank, world = place()
+    d, _ = widths_of(network, device)
+    moments = Moments(d, device)
+    readable = torch.zeros(source.length, device=device)
+    bar = progress(source.length, 'images for --ref')
+    for start in range(rank * batch, source.length, world * batch):
+        index = np.arange(start, min(start + batch, source.length))
+        images, _ = source.batch(index)
+        good = [k for k, i in enumerate(index) if not source.is_bad(i)]
+        if good:
+            readable[index[good]] = 1
+            moments.add(network(to_uint8(images[good]).to(device))[0])
+        bar.update(min(world * batch, source.length - start))
+    bar.close()
+    moments.merge()
+    sum_over_processes(readable)
+    mean, covariance = moments.result()
+    return mean.cpu().numpy(), covariance.cpu().numpy(), np.flatnonzero(readable.cpu().numpy())
+
+
+def folder_pixels(source, index, batch):
+    """The images of a source at `index` part by part: uint8 (m, H, W, 3)."""
+    for start in range(0, len(index), batch):
+        images, _ = source.batch(index[start:start + batch])
+        yield to_uint8(images).permute(0, 2, 3, 1).numpy()

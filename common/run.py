@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -33,20 +35,26 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     and saved. `recipes` {teacher: {setting: value}} is what --teacher=NAME changes;
     handed_on(settings) -> {setting: value} is what a checkpoint says. The command line takes
     --key=value, --key value, a bare --key for a bool; dashes equal underscores; --help prints the
-    block. Exits with one line on an unknown key, a wrong type, a value that cannot be."""
+    block. Exits with one line on an unknown key, a wrong type, a value that cannot be, a setting
+    without effect. GIVEN are the settings that the command line names, CHANGED those of them that
+    it changes."""
     sys.excepthook = report_error
     script = script_name(g)
     keys = setting_names(g)
     given = read_arguments(sys.argv[1:] if argv is None else argv, g, keys)
-    settings = {key: g[key] for key in keys}
-    settings.update(given)
+    defaults = {key: g[key] for key in keys}
+    settings = {**defaults, **given}
+    handed = {}
     if handed_on is not None:
-        settings.update(handed_on(settings))
+        handed = handed_on(settings)
+        settings.update(handed)
         settings.update(given)
     recipe = (recipes or {}).get(settings.get('teacher'), {})
     for key, value in recipe.items():
         if key not in keys or type(value) is not type(g[key]):
             raise TypeError(f'{script}: {key}={value!r} in a recipe is no setting of this script and type')
+    usual = {**defaults, **handed, **recipe}
+    changed = [key for key in given if given[key] != usual[key]]
     settings.update(recipe)
     settings.update(given)
     if recipe and int(os.environ.get('RANK', 0)) == 0:
@@ -55,8 +63,9 @@ def configure(g, recipes=None, handed_on=None, argv=None):
         print(f'recipe of --teacher={settings["teacher"]}: {listed}')
     for key in settings:
         settings[key] = absolute(key, settings[key])
-    check_limits(script, settings, g.get('LIMITS', {}), {key: g[key] for key in keys})
-    g.update(settings, GIVEN=tuple(given))
+    check_limits(script, settings, g.get('LIMITS', {}), defaults)
+    check_used(script, settings, given, g.get('ACTIONS', {}), defaults)
+    g.update(settings, GIVEN=tuple(given), CHANGED=tuple(changed))
     return settings
 
 
@@ -154,10 +163,46 @@ def check_limits(script, settings, limits, defaults):
     if settings.get('p_full', 0) + settings.get('p_near', 0) > 1 + 1e-6:
         raise SystemExit(f'{script}: --p_full={settings["p_full"]} and --p_near={settings["p_near"]} are shares of one '
                          'whole, above 1')
-    if settings.get('teacher') == 'ours' and settings.get('teacher_path'):
-        own = 'teacher_ckpt' if 'teacher_ckpt' in settings else 'ckpt'
-        raise SystemExit(f'{script}: --teacher_path is for published weights, --teacher=maskgit or another; a teacher '
-                         f'of ours is --{own}={settings["teacher_path"]}')
+
+
+def check_used(script, settings, given, actions, defaults):
+    """Exit with one line where a setting is given that has no effect. `actions` is a table of a
+    script, {'with --metrics --inception=': 'n_metrics data', 'without --sweep': 'gumbel'}: an action
+    is named by what chooses it, and these settings belong to it; one that is in no list always
+    counts."""
+    for key in given:
+        users = [action for action, names in actions.items() if key in names.split()]
+        advice = [what_lacks(action, settings) for action in users]
+        off = not settings[key] and settings[key] == defaults[key]
+        if users and all(advice) and not off:
+            raise SystemExit(f'{script}: --{key} has no effect here; {", or ".join(advice)}')
+    others = 1 - settings.get('p_full', 0) - settings.get('p_near', 0)
+    if 'schedule' in given and others < 1e-6:
+        raise SystemExit(f'{script}: --schedule has no effect here; --p_full and --p_near leave no image to its law')
+
+
+def what_lacks(action, settings):
+    """What to change so that an action is chosen, '' where it is: 'with --a --b=x|y' wants all of
+    these, b being x or y or a list (x,z) with one of them, `--b=` an empty one; 'without --a --b'
+    none of them."""
+    how, *conditions = action.split()
+    give, leave = [], []
+    for condition in conditions:
+        key, equals, wanted = condition.removeprefix('--').partition('=')
+        on = bool(settings[key])
+        if how == 'without' or condition == f'--{key}=':
+            if on:
+                leave.append(f'--{key}')
+        elif equals and not set(str(settings[key]).split(',')) & set(wanted.split('|')):
+            give.append(condition)
+        elif not on:
+            give.append(condition)
+    parts = []
+    if give:
+        parts.append(f'give {" ".join(give)}')
+    if leave:
+        parts.append(f'leave out {" ".join(leave)}')
+    return ' and '.join(parts)
 
 
 def wanted_instead(key, value, limit, default):
@@ -263,6 +308,13 @@ def end_run():
 
 def is_rank0():
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def place():
+    """The number of this process, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def meet():
@@ -512,6 +564,57 @@ def writing(path):
         raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; free '
                       'some space or permissions, or choose another --out_dir (sample.py: --grid, --png_dir; tteo.py: '
                       '--name)') from None
+
+
+def try_writing(path):
+    """Raise OSError, before slow work, where no file can be written to `path`."""
+    with writing(path):
+        if os.path.isdir(path):
+            raise IsADirectoryError('it is a folder')
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise PermissionError('it is write-protected')
+        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
+            pass
+
+
+def writable(stem):
+    """Beside a checkpoint, or, where its folder takes no file, of the same name in out/ of the
+    current folder, which is said. Raises OSError where that does not, either."""
+    folder, name = os.path.split(os.path.abspath(stem))
+    try:
+        try_writing(f'{stem}.try')
+        return stem
+    except OSError:
+        elsewhere = os.path.join('out', f'{os.path.basename(folder)}-{name}')
+    try_writing(f'{elsewhere}.try')
+    if is_rank0():
+        print(f'note: {folder} takes no files; what is written beside {name} goes to out/')
+    return elsewhere
+
+
+UNNAMED = ('ckpt', 'teacher', 'batch', 'metrics', 'sweep', 'inception_sha256')    # what is in no name of results
+
+
+def results_file(stem, kind, config, changed):
+    """STEM-KIND-setting=value.json: each setting of `config` that the command line has `changed` is
+    in the name, so that no measurement replaces another's. That it can be written is tried at
+    once: raises OSError."""
+    parts = [f'{key}={short(config[key])}' for key in sorted(changed) if key not in UNNAMED]
+    name = '-'.join([kind, *parts])
+    if len(name) > 180:
+        name = f'{kind}-{short(name)}'
+    path = f'{writable(stem)}-{name}.json'
+    try_writing(path)
+    return path
+
+
+def short(value):
+    """A value for the name of a file, with a digest where it is too long or holds other signs."""
+    text = str(value)
+    if re.fullmatch(r'[\w.+-]{0,30}', text, re.ASCII):
+        return text
+    plain = re.sub(r'[^\w.+-]', '_', os.path.basename(text), flags=re.ASCII)
+    return f'{plain[:20]}.{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
 
 class Log:

@@ -358,10 +358,11 @@ def is_done(state):
 
 
 def run_script(script, settings):
-    """Run one of our scripts as one process of its own; a wish to stop is passed on, and it
-    saves."""
+    """Run model.py or tokenizer.py as one process of its own, with the settings that are not its
+    defaults; a wish to stop is passed on, and it saves."""
     command = [sys.executable, os.path.join(HERE, f'{script}.py')]
-    command += [f'--{key}={value}' for key, value in settings.items()]
+    defaults = vars(sys.modules[script])
+    command += [f'--{key}={value}' for key, value in settings.items() if value != defaults[key]]
     single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
     child = subprocess.Popen(command, env=single)
 

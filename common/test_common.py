@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -34,13 +35,14 @@ import reward
 import sample
 import tokenizer
 import tteo
-from common import metrics, rewards, world
+from common import images, metrics, rewards, world
+from common.benchmarks import check_new, write_npz
 from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
-                        micro_rng, out_folder, report_bench, report_error, setting_names,
-                        split_batch, wanted_instead)
+                        micro_rng, out_folder, report_bench, report_error, results_file, setting_names,
+                        split_batch, try_writing, wanted_instead)
 from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
                              word_teacher)
 from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
@@ -75,7 +77,7 @@ def test_overrides_take_every_documented_form():
         g = settings()
         returned = configure(g, argv=words.split())
         wanted = settings(**changed)
-        del g['GIVEN']                                     # names of what the words give
+        del g['GIVEN'], g['CHANGED']                       # names of what the words give
         assert g == wanted, words
         assert all(type(g[key]) is type(value) for key, value in wanted.items()), words
         del wanted['__file__'], wanted['SIZE']
@@ -84,7 +86,8 @@ def test_overrides_take_every_documented_form():
 
 def test_overrides_refuse_with_one_line():
     limits = dict(batch_size=1)
-    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits)
+    actions = {'with --teacher=maskgit': 'teacher_path', 'without --flag': 'note'}
+    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits, ACTIONS=actions)
     cases = {
         '--batchsize=3': ('x.py', 'unknown setting --batchsize', 'did you mean --batch_size?'),
         '--SIZE=3': ('unknown setting',),
@@ -98,7 +101,8 @@ def test_overrides_refuse_with_one_line():
         '-lr 3': ('stray word',),
         '--batch_size=0': ('--batch_size=0', 'at least 1'),
         '--data=': ('--data= cannot be, expected a name',),
-        '--teacher_path=x.pt': ('published weights', '--ckpt=x.pt')}
+        '--teacher_path=x.pt': ('x.py: --teacher_path has no effect here; give --teacher=maskgit',),
+        '--note=1 --flag': ('--note has no effect here; leave out --flag',)}
     for words, expected in cases.items():
         with exits_with(*expected):
             configure(dict(g), argv=words.split())
@@ -130,6 +134,67 @@ def test_limits_and_what_a_checkpoint_hands_on_are_settings_of_their_script():
             assert not wanted_instead(name, g[name], g['LIMITS'].get(name), g[name]), name
         for name in g.get('INHERITED', ()):
             assert type(g[name]) is type(vars(distill)[name]), (script.__name__, name)
+        for action, used in g.get('ACTIONS', {}).items():
+            chosen_by = [word.removeprefix('--').partition('=')[0] for word in action.split()[1:]]
+            assert {*used.split(), *chosen_by} <= set(names), (script.__name__, action)
+
+
+PUBLISHED = '--teacher=maskgit --teacher_path=a --tokenizer_path=b'
+FID = '--inception=a --ref=b'
+
+
+def test_a_setting_without_effect_is_named_and_one_with_effect_taken():
+    without = {                                        # the first word is what has no effect
+        sample: ['--ref=x', '--ref=x --metrics', '--inception=x', '--inception=x --metrics', f'--sweep --metrics {FID}',
+                 f'--inception_sha256=x --sweep {FID}', '--prompt=x --metrics', '--label=x --sweep', '--n=2 --metrics',
+                 '--n_metrics=2000', '--n_reference=9', '--clip_path=x', f'--clip_path=x --metrics {FID}',
+                 '--png_dir=x --metrics', '--npz=x --bench', '--grid=x --metrics', '--bench --metrics', '--layout=mjhq',
+                 '--layout=mjhq --prompts=x', '--label=x --prompts=y', '--prompt=x --label=y', '--prompts=x --metrics',
+                 '--cfg_scale=2 --sweep', '--bert_path=x --metrics', f'--ref_from=x --metrics', '--ref_size=9',
+                 f'--metrics --ref_from=x {FID}', f'--ckpt=x --ref_from=x {FID}', '--student', '--teacher_path=x',
+                 f'--weights=net {PUBLISHED}', f'--ckpt=x {PUBLISHED}', f'--teacher_grid=9 {PUBLISHED}'],
+        distill: ['--teacher_path=x', '--tokenizer_path=x', '--text_path=x', '--prompts=x', '--teacher_heads=2',
+                  f'--prompts=x {PUBLISHED}', f'--teacher_ckpt=x {PUBLISHED}', f'--aux_momentum=.8 {PUBLISHED}',
+                  '--schedule=cosine'],
+        gan: ['--relax=st --w_gan=0', '--beta=1 --w_dimo=0', '--aux_momentum=.9 --aux_muon=0'],
+        reward: ['--clip_path=x', '--pick_path=x --held_out=hps', '--bert_path=x --w_pick=1', '--cfg_scale=1 --w_dimo=0'],
+        tteo: ['--hps_path=x', '--tokenizer_path=x'],
+        model: ['--n_images=9 --data=/x']}
+    used = {
+        sample: [f'--metrics {FID}', f'--metrics {FID} --layout=mjhq --prompts=x', '--layout=mjhq --prompts=x --npz=y',
+                 f'--ref_from=x {FID} --ref_size=9', '--prompts=x --metrics --clip_path=y', '--sweep --n_metrics=9',
+                 '--metrics --png_dir= --sweep=0', f'{PUBLISHED} --student --r_init=1'],
+        distill: ['--schedule=cosine --p_near=0', f'{PUBLISHED} --schedule=cosine', '--teacher_ckpt=x'],
+        gan: ['--relax=st', '--w_gan=0 --beta=1'],
+        reward: ['--held_out=clipscore,pick --pick_path=x', '--w_hps=1 --clip_path=x --hps_path=y'],
+        tteo: ['--w_pick=1 --clip_path=x'],
+        model: ['--n_images=9 --data=shapes-open']}
+    for script, commands in without.items():
+        for command in commands:
+            key = command.split()[0].partition('=')[0]
+            with exits_with(f'{script.__name__}.py: {key} has no effect here; '), capture():
+                configure(dict(vars(script)), getattr(script, 'RECIPES', {}), None, command.split())
+    for script, commands in used.items():
+        for command in commands:
+            with capture():
+                configure(dict(vars(script)), getattr(script, 'RECIPES', {}), None, command.split())
+
+
+def test_results_are_named_by_every_setting_that_differs_and_go_where_they_can_be_written(tmp_path):
+    made, base = set(), dict(seed=0, ref='', steps=0, ckpt='x', note='')
+    for changes in (dict(), dict(seed=1), dict(steps=8), dict(seed=1, steps=8), dict(ref='a/r.npz'), dict(ref='b/r.npz'),
+                    dict(note='a ' * 99), dict(note='b ' * 99)):
+        made.add(results_file(f'{tmp_path}/x', 'metrics', {**base, **changes}, [*changes, 'ckpt']))
+    assert len(made) == 8
+    assert f'{tmp_path}/x-metrics-seed=1-steps=8.json' in made and f'{tmp_path}/x-metrics.json' in made
+    assert os.listdir(tmp_path) == []                  # it was only tried
+    (tmp_path / 'file').touch()                        # root may write everywhere but below a file
+    with contextlib.chdir(tmp_path), capture() as text:
+        assert results_file('file/x', 'metrics', base, []) == 'out/file-x-metrics.json'
+    assert 'takes no files' in text.getvalue()
+    for path in (f'{tmp_path}/file/x.png', tmp_path):
+        with exits_with(f'cannot write {path}'):
+            try_writing(path)
 
 
 def test_the_command_line_beats_the_recipe_the_recipe_the_checkpoint_and_that_the_default():
@@ -139,9 +204,9 @@ def test_the_command_line_beats_the_recipe_the_recipe_the_checkpoint_and_that_th
     recipes = dict(maskgit=dict(lr=0.3, steps=30), maskbit=dict(lr=9.0))
     g = settings(teacher='ours')
     with capture() as text:
-        configure(g, recipes, handed_on, ['--lr=0.4'])
+        configure(g, recipes, handed_on, ['--lr=0.4', '--D=20'])
     assert (g['lr'], g['steps'], g['D'], g['batch_size']) == (0.4, 30, 20, 8)
-    assert g['GIVEN'] == ('lr',)
+    assert g['GIVEN'] == ('lr', 'D') and g['CHANGED'] == ('lr',)
     assert text.getvalue() == 'recipe of --teacher=maskgit: --steps=30\n'
     assert out_folder('', 'ours') == 'out' and out_folder('', 'maskgit') == 'out/maskgit'
     assert out_folder('here', 'maskgit') == 'here'
@@ -651,11 +716,13 @@ def test_inception_score_of_uniform_is_1_and_of_balanced_one_hots_is_the_number_
     assert not torch.equal(labels[:8], torch.arange(8))
     one_hots = F.one_hot(labels, 8).float()
     assert abs(metrics.inception_score(one_hots, 4000) - 8) < 1e-6
+    odd = metrics.balanced_labels(4001, 8, 0)          # a last split of one image would have IS 1
+    assert metrics.inception_score(F.one_hot(odd, 8).float(), 4000) > 7.99
     in_order = F.one_hot(labels.sort().values, 8).float()
     assert metrics.inception_score(in_order, 1000) < 1.01  # why the order is random
 
 
-def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
+def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 255, (40, 4, 4, 3), dtype=np.uint8)
     one = torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -676,16 +743,101 @@ def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0():
     loaded = SimpleNamespace(tokenizer=SimpleNamespace(batch=2, decode=decode), encode=encode,
                              device=CPU)
     captions = [str(k) for k in range(12)]
-    reference = dict(mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
+    np.savez(f'{tmp_path}/ref.npz', mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
+    reference = metrics.read_reference(f'{tmp_path}/ref.npz', network, CPU, 7)
     row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5)
     assert set(row) == {'FID@12', 'IS', 'precision', 'recall'}
     assert row['precision'] == 1 and row['recall'] == 0
+    early = []
+    with mock.patch.object(metrics, 'precision_recall', side_effect=RuntimeError('out of memory')), capture() as text:
+        row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5, early.append)
+    assert 'out of memory' in text.getvalue() and early == [row] and set(row) == {'FID@12', 'IS'}
 
 
-def test_a_file_that_is_no_inception_network_is_explained(tmp_path):
-    torch.save({}, f'{tmp_path}/net.pth')
-    with exits_with('net.pth', 'TorchScript'):
-        metrics.load_inception(f'{tmp_path}/net.pth', 'cpu')
+def three_features(x):
+    """uint8 images -> three features, two equal probabilities."""
+    return x.float().mean((2, 3)), torch.ones(len(x), 2) / 2
+
+
+def test_everything_of_a_reference_is_checked_at_once(tmp_path):
+    path = f'{tmp_path}/ref.npz'
+    good = dict(mu=np.zeros(3), sigma=np.eye(3), arr_0=np.zeros((5, 4, 4, 3), np.uint8))
+    for save in (np.savez, np.savez_compressed):
+        save(path, **good)
+        assert metrics.read_reference(path, three_features, CPU, 2).features.shape == (5, 3)
+    cases = {
+        'mu.npy': dict(mu=None), 'mu.npy is (4,)': dict(mu=np.zeros(4)), 'not finite': dict(mu=np.full(3, np.inf)),
+        'sigma.npy is (2, 2)': dict(sigma=np.eye(2)), 'symmetric': dict(sigma=np.triu(np.ones((3, 3)))),
+        'negative variance': dict(sigma=np.diag([1., 1, -1])), 'a negative variance': dict(sigma=np.ones((3, 3)) - np.eye(3)),
+        'of float64': dict(arr_0=np.zeros((5, 4, 4, 3))), '(5, 3, 4, 4)': dict(arr_0=np.zeros((5, 3, 4, 4), np.uint8)),
+        '(5, 2048)': dict(arr_0=np.zeros((5, 2048), np.uint8)), 'of object': dict(arr_0=np.array([{}])),
+        '4 to 100000': dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), 'row by row': dict(arr_0=np.asfortranarray(good['arr_0']))}
+    for words, changes in cases.items():
+        arrays = {key: value for key, value in {**good, **changes}.items() if value is not None}
+        np.savez(path, **arrays)
+        with exits_with(f'--ref={path}', words):
+            metrics.read_reference(path, three_features, CPU, 2)
+    write_npz(path, (10 ** 9, 256, 256, 3), [], mu=good['mu'], sigma=good['sigma'])    # says so, and holds nothing
+    with exits_with(f'--ref={path}', 'in 0 bytes'):
+        metrics.read_reference(path, three_features, CPU, 2)
+    np.savez(path, **good)
+    whole = pathlib.Path(path).read_bytes()
+    place = whole.index(b'arr_0.npy') + 300            # among the zeros
+    for broken in (whole[:place] + b'1' + whole[place + 1:], whole[:-50], b'', b'text'):
+        pathlib.Path(path).write_bytes(broken)
+        with exits_with(f'--ref={path}'):
+            metrics.read_reference(path, three_features, CPU, 2)
+
+
+def test_statistics_of_a_folder_are_those_of_its_readable_images(tmp_path):
+    picture_folder(tmp_path / 'data')
+    path = f'{tmp_path}/ref.npz'
+    with capture():
+        source = open_data(f'{tmp_path}/data', 16)
+        mean, covariance, good = metrics.folder_moments(source, three_features, CPU, 5)
+        write_npz(path, (len(good), 16, 16, 3), metrics.folder_pixels(source, good, 5), mu=mean, sigma=covariance)
+    pixels = np.load(path)['arr_0']
+    assert pixels.shape == (12, 16, 16, 3)             # not the two bad files
+    features = pixels.mean((1, 2), dtype=np.float64)
+    assert np.allclose(mean, features.mean(0)) and np.allclose(covariance, np.cov(features.T))
+    assert metrics.read_reference(path, three_features, CPU, 5).features.shape == (12, 3)
+    with exits_with('is there already'):
+        check_new('ref', path)
+
+
+def test_a_file_that_is_no_inception_network_or_another_is_explained(tmp_path):
+    path = f'{tmp_path}/net.pth'
+    torch.save({}, path)
+    digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    with exits_with('net.pth', 'TorchScript'), capture() as text:
+        metrics.load_inception(path, 'cpu', digest.upper())
+    assert digest in text.getvalue()
+    with mock.patch.object(torch.jit, 'load') as run, exits_with(digest, '--inception_sha256=12'), capture() as text:
+        metrics.load_inception(path, 'cpu', '12')
+    assert digest in text.getvalue() and not run.called
+    with exits_with('no.pt'):
+        metrics.load_inception(f'{tmp_path}/no.pt', 'cpu')
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+
+def test_a_caption_that_no_font_has_is_a_number_and_a_note_tells_it(tmp_path):
+    path = f'{tmp_path}/x.png'
+    captions = ['a cat', '\u732b', 'a cat', '\u732b']
+    with mock.patch.object(images, 'system_fonts', return_value=[]):
+        images.font_for.cache_clear()
+        images.NOTED.clear()
+        text = printed(images.save_grid, path, torch.zeros(4, 3, 8, 8), captions)
+        assert 'letters of 1 captions' in text and '[1] \u732b' in text
+        assert printed(images.save_grid, path, torch.zeros(4, 3, 8, 8), captions) == ''
+        numbered = np.asarray(Image.open(path))
+        images.save_grid(path, torch.zeros(4, 3, 8, 8), ['a cat', '[1]', 'a cat', '[1]'])
+        assert np.array_equal(numbered, np.asarray(Image.open(path)))
+    images.font_for.cache_clear()
+    for n, columns in ((1, 1), (3, 3), (9, 8)):        # no white column
+        images.save_grid(path, torch.zeros(n, 3, 96, 96))
+        assert Image.open(path).width == 100 * columns
 
 
 # -----------------------------------------------------------------------------
@@ -1231,7 +1383,7 @@ def test_a_missing_teacher_is_trained_first(tmp_path):
     with mock.patch.object(subprocess, 'Popen') as launched, capture() as text:
         with exits_with('tokenizer.py did not finish'):    # as nothing is there afterwards
             train_missing('shapes', f'{tmp_path}', 7)
-        command = [f'{HERE}/tokenizer.py', '--data=shapes', '--seed=7', f'--out_dir={tmp_path}']
+        command = [f'{HERE}/tokenizer.py', '--seed=7', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         assert 'tokenizer.pt is missing' in text.getvalue() and '3 minutes' in text.getvalue()
         launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]
@@ -1248,8 +1400,7 @@ def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
         with exits_with('model.py did not finish'):
             train_missing('shapes', tmp_path, 7)
         assert 'using the previous one' in text.getvalue()
-        command = [f'{HERE}/model.py', '--steps=5', '--data=shapes', '--D=32', '--resume=True',
-                   f'--out_dir={tmp_path}']
+        command = [f'{HERE}/model.py', '--steps=5', '--D=32', '--resume=True', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         save_stage(tmp_path, 'tokenizer', 5)
         save_stage(tmp_path, 'model', 5)

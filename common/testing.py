@@ -110,6 +110,8 @@ def run(script, *arguments, processes=1, before=''):
     if script in TINY:
         command += TINY[script] + OFTEN
     command += [*settings, *arguments]
+    if any(word.startswith('--data=/') for word in command) and '--n_images=256' in command:
+        command.remove('--n_images=256')       # a folder is used whole
     if processes == 1 and before != ON_GPU:
         return run_forked(command, before)
     return run_anew(command, processes, before)
@@ -148,6 +150,8 @@ def run_anew(command, processes, before):
     launch = [sys.executable]
     if processes > 1:
         launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    if processes > 1 and not before:           # else it takes --n for one of its own
+        launch.append('--')
     if before:
         start = 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")'
         launch += ['-c', before + start]
