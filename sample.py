@@ -296,7 +296,7 @@ def same_images():
     made = dict(model=os.path.abspath(path), stage=stage, step=step, weights=weights, seed=seed, steps=n_steps,
                 cfg_scale=cfg_scale, gumbel=gumbel, tau=tau * tau_sample, layout=layout)
     if os.path.exists(about):
-        with open(about) as file:
+        with open(about, encoding='utf-8') as file:
             before = json.load(file)
         for key, value in made.items():
             if before.get(key) != value:
@@ -321,7 +321,7 @@ def draw_grid():
 
 
 def write_json(path, content):
-    with writing(path), open(path, 'w') as file:
+    with writing(path), open(path, 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=1)
     print(f'-> {path}')
 

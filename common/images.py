@@ -953,7 +953,7 @@ def write_pngs(folder, images, captions):
                 os.remove(old)
         for k, array in enumerate(pixels):
             Image.fromarray(array).save(os.path.join(folder, f'{k:05d}.png'))
-        with open(names, 'w', encoding='utf-8') as file:
+        with open(names, 'w', encoding='utf-8', errors='surrogateescape') as file:
             file.writelines(f'{k:05d}.png\t{caption}\n' for k, caption in enumerate(captions))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common.files import load_checkpoint, open_hub, read_published, restore, save_checkpoint
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
-from common.run import cosine_law, meet, progress, rng_for
+from common.run import cosine_law, has_moved, meet, progress, rng_for
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -686,8 +686,9 @@ def make_rewards(path, loaded, settings, run):
         save_checkpoint(path, state)
     meet()
     made = load_checkpoint(path, 'rewards', fallback=True)
-    wanted = loaded.data, settings['reward_steps'], words
-    if (made.get('data'), made['step'], made['words']) != wanted:
+    wanted = settings['reward_steps'], words
+    other = made.get('data') != loaded.data and not has_moved(made.get('data'))
+    if other or (made['step'], made['words']) != wanted:
         raise ValueError(f'{path}: made in {made["step"]} steps for {made.get("data")} ({len(made["words"])} words), '
                          f'expected {settings["reward_steps"]} for {loaded.data} ({len(words)}); delete it, or '
                          'choose another --out_dir')
