@@ -118,7 +118,7 @@ RECIPES = {
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
-    steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
+    steps=1, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
@@ -234,7 +234,7 @@ def load_start(folder, run):
 if __name__ == '__main__':
     config = configure(globals(), RECIPES)
     run = start_run(batch_size, micro_batch)
-    stage, folder = 'distill', out_folder(out_dir, teacher)
+    stage, folder = 'distill', out_folder(out_dir, teacher, writes=not bench)
     out = os.path.join(folder, f'{stage}.pt')
     claim(out, resume or overwrite or bench)
     loaded, start = load_start(folder, run)
@@ -337,7 +337,7 @@ if __name__ == '__main__':
             samplers[f'teacher, {n} steps'] = passes, sampler
         samplers['student, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
-    if run.rank == 0 and not reference:
+    if run.rank == 0 and step and not reference:
         prompts_too = '' if loaded.classes else ' --prompts=FILE'
         print(f'no data, no table; measure with: python sample.py --ckpt {out} --metrics --inception=FILE --ref=FILE'
               f'{prompts_too}')

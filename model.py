@@ -54,7 +54,7 @@ compile = False        # torch.compile the network
 bench = False          # time 20 steps and stop
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    n_images=8, log_every=1, save_every=1, D=1, depth=1, n_head=1, steps=0, batch_size=1,
+    n_images=8, log_every=1, save_every=1, D=1, depth=1, n_head=1, steps=1, batch_size=1,
     micro_batch=0, lr=0, muon_lr=0, weight_decay=0, schedule=('arccos', 'cosine'), p_full=(0, 1),
     p_drop=(0, 1), ema_decay=(0, 1))
 
@@ -697,15 +697,17 @@ if __name__ == '__main__':
     from common.images import TokenData, id_type, open_data, save_grid, token_data, word_encoder
     from common.metrics import render
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
-                            micro_rng, millions, progress, report_bench, same_weights, set_rates, start_run, take_step)
+                            micro_rng, millions, out_folder, progress, report_bench, same_weights, set_rates,
+                            start_run, take_step)
     from common.teachers import unpack_tokenizer
 
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
 
     # Load the tokenizer, encode the data
-    out, tokenizer_path = os.path.join(out_dir, 'model.pt'), os.path.join(out_dir, 'tokenizer.pt')
+    out = os.path.join(out_folder(out_dir, writes=not bench), 'model.pt')
     claim(out, resume or overwrite or bench)
+    tokenizer_path = os.path.join(out_dir, 'tokenizer.pt')
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
     tokenizer = unpack_tokenizer(packed, place=tokenizer_path).to(run.device)
     source = open_data(data, tokenizer.config['image_size'], n_images, out_dir=out_dir)

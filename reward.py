@@ -139,7 +139,7 @@ INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'text
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
-    steps=0, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
+    steps=1, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), weight_decay=0, warmup=0,
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
@@ -321,7 +321,7 @@ def load_start(folder, run):
 if __name__ == '__main__':
     config = configure(globals(), RECIPES, handed_on)
     run = start_run(batch_size, micro_batch)
-    stage, folder = 'reward', out_folder(out_dir, teacher)
+    stage, folder = 'reward', out_folder(out_dir, teacher, writes=not bench)
     out = os.path.join(folder, f'{stage}.pt')
     if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')

@@ -1444,7 +1444,7 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     assert judge.measure(images, captions)['accuracy'] > 0.8  # real ones get their own class
     for script in ('tokenizer.py', 'model.py', 'distill.py', 'gan.py'):
         must_run(f'{script} --out_dir={folder} --data={data} --steps=5')
-    must_run(f'reward.py --out_dir={folder} --steps=2')       # these two have no --data
+    must_run(f'reward.py --out_dir={folder} --steps=2')
     must_run(f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1')
     row = table_of(f'{folder}/distill.json')[0]
     assert row['reference'] == f'20 images of {data} (real images: 20 others)'
@@ -1457,9 +1457,14 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     must_refuse(f'{ask} --label=two', words='one, zero')
     must_refuse(f'distill.py --out_dir={folder} --data=shapes --overwrite', words='was trained on')
     os.rename(data, f'{tmp_path}/moved')
-    text = must_run(f'distill.py --teacher_ckpt={folder}/model.pt --data={tmp_path}/moved --steps=1 '
-                    f'--out_dir={tmp_path}/again')
+    here = f'--data={tmp_path}/moved'
+    text = must_run(f'distill.py --teacher_ckpt={folder}/model.pt {here} --steps=1 --out_dir={tmp_path}/again')
     assert f'20 images of {tmp_path}/moved' in text
+    must_refuse(f'tteo.py --ckpt={folder}/reward.pt', words=f'--data={data}: no such folder')
+    for command in (f'gan.py --init={folder}/distill.pt --steps=1 --out_dir={folder}',
+                    f'reward.py --steps=1 --out_dir={folder}', f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1',
+                    f'sample.py --ckpt={folder}/reward.pt --metrics --n_metrics=8 --n_reference=8'):
+        must_run(f'{command} {here}')
 
 
 def test_ending_distill_ends_the_training_that_it_started(tmp_path):
@@ -1468,7 +1473,7 @@ def test_ending_distill_ends_the_training_that_it_started(tmp_path):
                              start_new_session=True)
     while 'tokens of' not in child.stdout.readline():         # the tokenizer's plan: it trains
         assert child.poll() is None
-    child.terminate()
+    child.send_signal(signal.SIGHUP)           # is passed on
     os.killpg(child.pid, signal.SIGTERM)       # the trainer gets it twice
     assert child.wait(60) == 1
     text = child.stdout.read()
@@ -1488,14 +1493,14 @@ def test_a_run_killed_or_stopped_and_resumed_equals_an_uninterrupted_one_bit_for
              ('distill', STEP, random.randint(9, 24), 'SIGKILL'),     # in either half of an update
              ('gan', STEP, random.randint(15, 36), 'SIGKILL'),
              ('reward', STEP, random.randint(9, 15), 'SIGKILL'),
-             ('reward', STEP, random.randint(9, 14), 'SIGINT')]
+             ('reward', STEP, random.randint(9, 14), 'SIGHUP')]       # a closed terminal
     for k, (stage, call, nth, how) in enumerate(cases):
         print(f'    {stage}.py gets {how} at number {nth} of {call}')
         folder = ready_for(f'{stage}.py', f'{tmp_path}/{k}')
         deadly = KILL.format(call=call, nth=nth, signal=how)
         code, text = run(f'{stage}.py --out_dir={folder}', before=deadly)
         assert 'Traceback' not in text, text[-1500:]
-        if how == 'SIGINT':
+        if how != 'SIGKILL':
             calls_of_a_step = {'model': 1, 'reward': 2}[stage]        # one for each network
             assert code == 0
             assert saved(folder, stage)['step'] == math.ceil(nth / calls_of_a_step)
@@ -1960,6 +1965,16 @@ def test_five_packages_are_enough_and_transformers_is_asked_for_where_it_is_used
                 assert where, path
             else:
                 assert is_ours(module) or package in PACKAGES, (path, module)
+
+
+def test_every_text_file_is_opened_in_a_named_encoding():
+    for path in glob.glob('*.py', root_dir=HERE) + glob.glob('common/*.py', root_dir=HERE):
+        if os.path.basename(path)[:-3] in (*FOR_TESTS, 'test_all'):
+            continue
+        for node in ast.walk(ast.parse(source_text(path))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == 'open':
+                mode = ast.unparse(node.args[1]) if len(node.args) > 1 else 'r'
+                assert 'b' in mode or 'encoding=' in ast.unparse(node), (path, node.lineno)
 
 
 def test_stages_import_the_method_and_the_helpers_and_no_stage():

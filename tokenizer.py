@@ -49,7 +49,7 @@ compile = False        # torch.compile the network
 bench = False          # time 20 steps and stop
 
 LIMITS = dict(         # the least value
-    log_every=1, save_every=1, image_size=1, ch=2, n_res=1, n_codes=2, code_dim=1, steps=0,
+    log_every=1, save_every=1, image_size=1, ch=2, n_res=1, n_codes=2, code_dim=1, steps=1,
     warmup_free=0, batch_size=1, micro_batch=0, lr=0, apart=0)
 # -----------------------------------------------------------------------------
 # Parts of the autoencoder
@@ -372,12 +372,12 @@ if __name__ == '__main__':
     from common.files import (check_origin, claim, load_resumed, restore, restore_optimizers, resumes,
                               save_checkpoint)
     from common.images import decode_images, encode_images, open_data, save_grid
-    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, progress,
-                            report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
+    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, out_folder,
+                            progress, report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
 
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
-    out = os.path.join(out_dir, 'tokenizer.pt')
+    out = os.path.join(out_folder(out_dir, writes=not bench), 'tokenizer.pt')
     claim(out, resume or overwrite or bench)
     source = open_data(data, image_size, out_dir=out_dir)
     origin = dict(data=source.digest())
@@ -495,7 +495,7 @@ if __name__ == '__main__':
     bar.close()
 
     # Measure
-    if run.rank == 0:
+    if run.rank == 0 and step >= steps:
         held, captions = source.batch(source.readable(source.examples(2000), 2000))
         ids = encode_images(net, held)
         again = decode_images(net, ids, captions)

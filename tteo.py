@@ -351,7 +351,7 @@ if __name__ == '__main__':
         column, label = 'followed', 'captions followed'
     save_curve(f'{stem}-curve.png', {'TTEO': [(row['passes'], row[column]) for row in trajectory],
                                      'best of N': [(row['passes'], row[column]) for row in best_of_n]}, label)
-    with writing(f'{stem}.json'), open(f'{stem}.json', 'w') as file:
+    with writing(f'{stem}.json'), open(f'{stem}.json', 'w', encoding='utf-8') as file:
         json.dump(dict(config=config, table=table, trajectory=trajectory, best_of=best_of_n), file, indent=1)
     pick = torch.linspace(0, n_images - 1, min(n_images, 16)).long()
     save_grid(f'{stem}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,

@@ -248,7 +248,7 @@ def restore(module, weights, path, name):
     except RuntimeError as error:
         lines = [printable(line.strip(), 300) for line in str(error).splitlines()[1:4]]
         raise ValueError(f'{path}: {name} does not fit this network: {" ".join(lines)} Was it made with other sizes? '
-                         'Use the same settings, or another --out_dir.') from None
+                         'Use the same settings, or another folder.') from None
 
 
 def check_kind(value, own, place):

@@ -281,7 +281,7 @@ def final_table(path, samplers, loaded, reference, n, seed, config):
     show_table(entries)
     labels = captions[:SHOWN] * len(pictures)
     save_grid(f'{path}.png', torch.cat(pictures), labels, columns=len(pictures[0]))
-    with writing(f'{path}.json'), open(f'{path}.json', 'w') as file:
+    with writing(f'{path}.json'), open(f'{path}.json', 'w', encoding='utf-8') as file:
         json.dump(dict(config=config, rows=entries), file, indent=1)
     print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, '
           f'samples: python sample.py --ckpt {path}.pt')

@@ -2,10 +2,12 @@
 What every script needs and the paper does not: settings from the command line, processes, seeds, gradient averaging,
 optimizers, log, progress, benchmark. Imports nothing of ours.
 """
+import ast
 import contextlib
 import difflib
 import dis
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 RULE = '# ' + '-' * 77                                 # stands before and after the settings of a script
 DRAWN = ('shapes', 'shapes-open')                      # values of --data that are no folders
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 # -----------------------------------------------------------------------------
@@ -39,9 +41,15 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     without effect. GIVEN are the settings that the command line names, CHANGED those of them that
     it changes."""
     sys.excepthook = report_error
+    if argv is None:
+        sys.stdout = console(sys.stdout)
+        sys.stderr = console(sys.stderr)
+        argv = sys.argv[1:]
     script = script_name(g)
     keys = setting_names(g)
-    given = read_arguments(sys.argv[1:] if argv is None else argv, g, keys)
+    own_settings.clear()
+    own_settings.update(keys)
+    given = read_arguments(argv, g, keys)
     defaults = {key: g[key] for key in keys}
     settings = {**defaults, **given}
     handed = {}
@@ -57,7 +65,8 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     changed = [key for key in given if given[key] != usual[key]]
     settings.update(recipe)
     settings.update(given)
-    if recipe and int(os.environ.get('RANK', 0)) == 0:
+    rank, _, _ = launched()
+    if recipe and rank == 0:
         applied = {key: value for key, value in recipe.items() if key not in given}
         listed = ' '.join(f'--{key}={value}' for key, value in applied.items())
         print(f'recipe of --teacher={settings["teacher"]}: {listed}')
@@ -134,7 +143,8 @@ def next_value(words, kind):
 
 
 def convert(text, kind):
-    """Text of the command line as bool, int, float or str. Raises ValueError."""
+    """Text of the command line as bool, int, float or str; ~/ is the home folder, which a shell
+    puts in only after a space. Raises ValueError."""
     if kind is bool:
         if text.lower() not in ('true', 'false', '1', '0'):
             raise ValueError(text)
@@ -143,14 +153,18 @@ def convert(text, kind):
         if not float(text).is_integer():
             raise ValueError(text)
         return int(float(text))
+    if kind is str:
+        return os.path.expanduser(text)
     return kind(text)
 
 
 def print_help(g):
     """The docstring of a script and the block between its rules: settings, limits, recipes."""
     with open(g['__file__'], encoding='utf-8') as file:
-        block = file.read().split(RULE)[1]
-    print(f'{g["__doc__"].strip()}\n\nSettings (--name=value):\n{block.strip()}')
+        text = file.read()
+    about = ast.get_docstring(ast.parse(text), clean=False)    # python -OO keeps no __doc__
+    block = text.split(RULE)[1]
+    print(f'{about.strip()}\n\nSettings (--name=value):\n{block.strip()}')
 
 
 def check_limits(script, settings, limits, defaults):
@@ -240,27 +254,80 @@ def raised_on_purpose(trace):
     while trace.tb_next is not None:
         trace = trace.tb_next
     code = trace.tb_frame.f_code
-    path = os.path.abspath(code.co_filename)
+    path = os.path.realpath(code.co_filename)
     ours = path.startswith(HERE + os.sep) and 'site-packages' not in path
     return ours and dis.opname[code.co_code[trace.tb_lasti]] == 'RAISE_VARARGS'
 
 
+class Console(io.FileIO):
+    """Where standard output or error goes. What cannot be written, as nobody reads any more (a
+    closed pipe or terminal) or the disk is full, is dropped: it never ends a run."""
+
+    def write(self, data):
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written       # None, too, where it would have to wait
+
+
+def console(stream):
+    """sys.stdout or sys.stderr over a `Console`; letters that it lacks are escaped. None is a
+    stream that was closed from the start; the streams of a notebook and the console of Windows
+    stay as they are."""
+    if stream is None:
+        return open(os.devnull, 'w', encoding='utf-8')
+    if not isinstance(stream, io.TextIOWrapper) or os.name == 'nt' and stream.isatty():
+        return stream
+    raw = Console(stream.fileno(), 'w', closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, 'backslashreplace', line_buffering=True)
+
+
 # -----------------------------------------------------------------------------
 # Processes
+
+LAUNCHER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+def launched():
+    """What torchrun says in environment variables -> number of this process, of all processes, and
+    of this one on its machine; 0, 1, 0 where it says nothing. Raises ValueError where half of them
+    are left over from something else, or they cannot be."""
+    found = {key: os.environ[key] for key in LAUNCHER if os.environ.get(key)}
+    if not found:
+        return 0, 1, 0
+    numbers = [int(value) for key, value in found.items() if key != 'MASTER_ADDR' and value.isdecimal()]
+    if len(found) == 5 and len(numbers) == 4:
+        rank, world, local, port = numbers
+        if rank < world and local < world and port < 2 ** 16:
+            return rank, world, local
+    listed = ' '.join(f'{key}={value}' for key, value in found.items())
+    raise ValueError(f'the environment says {listed}, expected all of {", ".join(LAUNCHER)} as torchrun sets them, '
+                     f'with RANK below WORLD_SIZE; start it with torchrun, or for one process: unset {" ".join(found)}')
+
 
 def start_run(batch_size=0, micro_batch=0, half=('cuda', 'cpu')):
     """Join the torchrun group, if there is one, and split the global batch. -> run, with rank,
     world (processes), device, autocast, micro (images a forward pass), accumulate (passes an
     update). One process per GPU with nccl, gloo on the CPU; bf16 autocast on the devices in `half`
     that compute in it, else float32, and no float16 path."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world, local = launched()
     cuda = torch.cuda.is_available()
     device = torch.device('cpu')
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f'process {local} of this machine finds {torch.cuda.device_count()} GPU(s); start as many '
+                         'processes as there are, with --nproc_per_node of torchrun')
     if cuda:
-        device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
+        device = torch.device(f'cuda:{local}')
         torch.cuda.set_device(device)
     if world > 1:                                              # six hours: rank 0 may train a teacher
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
+        if rank == 0:
+            print(f'waiting for {world - 1} more process(es) at port {os.environ["MASTER_PORT"]}')
+        try:
+            dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=6))
+        except RuntimeError as error:                          # a port in use, a host that is not there
+            raise ValueError(f'{world} processes cannot meet: {str(error).splitlines()[0]}; try another '
+                             '--master_port of torchrun') from None
     can = has_bf16(cuda)
     bf16 = can and device.type in half
     precision = 'bf16 autocast' if bf16 else 'float32'
@@ -292,11 +359,15 @@ def split_batch(batch_size, micro_batch, world):
     return micro, batch_size // (micro * world)
 
 
-def out_folder(out_dir, teacher):
-    """--out_dir, or where it is '': out/ for our own teacher, out/NAME for a published one."""
-    if out_dir:
-        return out_dir
-    return 'out' if teacher == 'ours' else f'out/{teacher}'
+def out_folder(out_dir, teacher='ours', writes=False):
+    """--out_dir, or where it is '': out/ for our own teacher, out/NAME for a published one. A run
+    that `writes` tries it now, before slow work. Raises OSError."""
+    if not out_dir:
+        out_dir = 'out' if teacher == 'ours' else f'out/{teacher}'
+    if writes and is_rank0():
+        with writing(f'{out_dir}/'), tempfile.TemporaryFile(dir=out_dir) as file:
+            file.write(bytes(1024))
+    return out_dir
 
 
 def end_run():
@@ -346,18 +417,34 @@ def same_weights(*networks):
                 dist.broadcast(tensor, 0)
 
 
+# Ctrl-C; a system that shuts down; a closed terminal; a queue's time limit (Slurm's --signal, ulimit -St)
+STOP_SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU')
+
+
+def on_stop_signals(handler):
+    """Let handler(number, frame) answer every signal that asks for a stop -> {signal: what answered
+    before}. One that is ignored, as SIGHUP under nohup, stays so."""
+    before = {}
+    for name in STOP_SIGNALS:
+        number = getattr(signal, name, None)                   # Windows has but two
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    return before
+
+
 class Stop:
-    """Ctrl-C or SIGTERM asks for a stop at the end of the step, so that the files stay usable; once
-    more stops at once, but not within a second: a terminal, torchrun and distill.py may all pass on
-    the same wish."""
+    """A signal asks for a stop at the end of the step, so that the files stay usable; Ctrl-C or
+    SIGTERM once more stops at once, but not within a second: a terminal, torchrun and distill.py
+    may all pass on the same wish."""
 
     def __init__(self):
         self.asked = 0.0                                       # when
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        on_stop_signals(self.ask)
 
     def ask(self, number, frame):
-        if self.asked and time.time() - self.asked > 1:
+        again = number in (signal.SIGINT, signal.SIGTERM)
+        if again and self.asked and time.time() - self.asked > 1:
+            self.asked = time.time()                           # once: what clears up is left in peace
             raise KeyboardInterrupt
         self.asked = self.asked or time.time()
 
@@ -553,17 +640,23 @@ def compile_blocks(*networks, twice=False):
 # -----------------------------------------------------------------------------
 # Log, progress, benchmark
 
+own_settings = set()                                   # of the script that runs: `configure` fills it
+SAY_WHERE = ('out_dir', 'grid', 'png_dir', 'name')     # settings that say where something is written
+
+
 @contextlib.contextmanager
 def writing(path):
     """Make the folder of `path`; inside, a full disk or a missing permission raises OSError with
     one line."""
+    options = [f'--{key}' for key in SAY_WHERE if key in own_settings]
+    elsewhere = ' or '.join(options) or 'folder'
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         yield
     except (OSError, RuntimeError, ValueError) as error:       # of torch.save, of PIL
-        raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}. Earlier checkpoints are untouched; free '
-                      'some space or permissions, or choose another --out_dir (sample.py: --grid, --png_dir; tteo.py: '
-                      '--name)') from None
+        reason = str(error) or type(error).__name__
+        raise OSError(f'cannot write {path}: {reason.splitlines()[0]}. Earlier checkpoints are untouched; free some '
+                      f'space or permissions, or choose another {elsewhere}') from None
 
 
 def try_writing(path):
@@ -624,27 +717,31 @@ class Log:
 
     def __init__(self, checkpoint, step):
         self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
-        kept = self.lines_until(step)                          # drop what a crash left behind
-        with writing(self.path), open(self.path, 'w') as file:
-            file.writelines(kept)
+        new = self.path + '.tmp'
+        with writing(self.path):
+            kept = self.lines_until(step)                      # drop what a crash left behind
+            with open(new, 'w', encoding='utf-8') as file:
+                file.writelines(kept)
+            os.replace(new, self.path)
 
     def lines_until(self, step):
         if not step or not os.path.exists(self.path):
             return []
-        with open(self.path, errors='replace') as file:
+        with open(self.path, encoding='utf-8', errors='replace') as file:
             return [line for line in file if logged_step(line) <= step]
 
     def write(self, row):
-        with writing(self.path), open(self.path, 'a') as file:
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(row) + '\n')
 
 
 def logged_step(line):
     """The step of a log line, infinity where a crash has left something else."""
     try:
-        return json.loads(line)['step'] if line.endswith('\n') else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        step = json.loads(line)['step'] if line.endswith('\n') else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    return step if isinstance(step, int) else math.inf
 
 
 def smoothed(smooth, numbers, keys, share=0.05):

@@ -19,7 +19,7 @@ from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
 from common.published import count_numbers, fill, found_numbers, read_published, seeded, shape_of
-from common.run import HERE
+from common.run import HERE, LAUNCHER, on_stop_signals
 from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS
 from model import MDM
@@ -363,17 +363,19 @@ def run_script(script, settings):
     command = [sys.executable, os.path.join(HERE, f'{script}.py')]
     defaults = vars(sys.modules[script])
     command += [f'--{key}={value}' for key, value in settings.items() if value != defaults[key]]
-    single = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    single = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     child = subprocess.Popen(command, env=single)
+    asked = []
 
     def pass_on(number, frame):
+        asked.append(number)
         child.terminate()                                      # it saves and ends, and so do we
-    signal.signal(signal.SIGTERM, pass_on)
-    try:
-        child.wait()
-    except KeyboardInterrupt:                                  # the child got it too, and saves
-        child.wait()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = on_stop_signals(pass_on)
+    child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if asked:
+        raise ValueError(f'{script}.py did not finish (see above); the same command continues it')
 
 
 # -----------------------------------------------------------------------------

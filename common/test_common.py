@@ -3,6 +3,7 @@ What the helpers in common/ promise: settings, the shapes world, folders, optimi
 files, rewards, our own files. Nothing here is about the paper; its equations are tested in test_all.py,
 which also runs these (`python test_all.py`, or `pytest common/test_common.py`).
 """
+import ast
 import collections
 import contextlib
 import functools
@@ -40,14 +41,15 @@ from common.benchmarks import check_new, write_npz
 from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
-from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make_optimizers,
-                        micro_rng, out_folder, report_bench, report_error, results_file, setting_names,
-                        split_batch, try_writing, wanted_instead)
+from common.run import (LAUNCHER, Log, Muon, Stop, apply_gradients, configure, console, ema_update,
+                        launched, make_optimizers, micro_rng, out_folder, report_bench, report_error,
+                        results_file, setting_names, split_batch, try_writing, wanted_instead)
 from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
                              word_teacher)
 from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
                             must_refuse, must_run, near, picture_folder, printed, published,
-                            ready_for, rng, same, save_safetensors, small_model, small_tokenizer, tiny_clip, tiny_run,
+                            ready_for, rng, run, same, save_safetensors, small_model, small_tokenizer, tiny_clip,
+                            tiny_run,
                             transformers_or_skip)
 from model import MDM, reveal_counts, sampling_plan
 from tokenizer import Tokenizer
@@ -72,7 +74,8 @@ def test_overrides_take_every_documented_form():
         '--lr=1': dict(lr=1.0), '--lr -0.2': dict(lr=-0.2), '--steps=1e5': dict(steps=100000),
         '--D=32': dict(D=32), '--note=123': dict(note='123'), '--note=a=b': dict(note='a=b'),
         '--flag': dict(flag=True), '--flag=False': {}, '--flag 0': {}, '': {},
-        '--flag --lr 2': dict(flag=True, lr=2.0), '--batch-size 4': dict(batch_size=4)}
+        '--flag --lr 2': dict(flag=True, lr=2.0), '--batch-size 4': dict(batch_size=4),
+        '--note=~/x': dict(note=os.path.expanduser('~/x')), '--note=x/~': dict(note='x/~')}
     for words, changed in forms.items():
         g = settings()
         returned = configure(g, argv=words.split())
@@ -110,7 +113,7 @@ def test_overrides_refuse_with_one_line():
 
 def test_a_setting_outside_its_limits_is_refused():
     cases = {
-        'tau=0': 'at least', 'warmup=-1': 'at least 0', 'steps=-1': 'at least 0',
+        'tau=0': 'at least', 'warmup=-1': 'at least 0', 'steps=0': 'at least 1',
         'r_init=2': 'between 0 and 1', 'beta2=1': 'between 0 and', 'schedule=linear':
         "'arccos', 'cosine'", 'relax=hard': "'soft', 'gumbel', 'st'", 'r_init=nan': 'finite',
         'cfg_scale=inf': 'finite', 'seed=9223372036854775808': 'below', 'p_near=0.9':
@@ -123,6 +126,8 @@ def test_a_setting_outside_its_limits_is_refused():
     for script in (tokenizer, model):
         with exits_with('--out_dir= cannot be'):
             configure(dict(vars(script)), argv=['--out_dir='])
+    for script in (tokenizer, model, distill, gan, reward):    # a run of no step would write no file
+        assert vars(script)['LIMITS']['steps'] == 1
 
 
 def test_limits_and_what_a_checkpoint_hands_on_are_settings_of_their_script():
@@ -221,6 +226,42 @@ def test_help_prints_the_block():
                 assert end.code == 0
         assert f'python {script.__name__}.py' in text.getvalue()
         assert 'seed = 0     ' in text.getvalue()
+
+
+TRAINERS = (tokenizer, model, distill, gan, reward)
+DISTILLERS = (distill, gan, reward)
+DRAWERS = (tteo, sample)
+SPEAKERS = {                   # who can print a message of common/ that names this setting
+    'data': (*TRAINERS, *DRAWERS), 'resume': TRAINERS, 'batch_size': TRAINERS,
+    'out_dir': DISTILLERS, 'prompts': (*DISTILLERS, sample), 'text_path': (*DISTILLERS, *DRAWERS),
+    'teacher': (*DISTILLERS, *DRAWERS), 'teacher_path': (*DISTILLERS, sample),
+    'tokenizer_path': (*DISTILLERS, *DRAWERS), 'teacher_heads': (*DISTILLERS, sample),
+    'teacher_ckpt': DISTILLERS, 'p_full': DISTILLERS, 'p_near': DISTILLERS,
+    'held_out': (reward, tteo), 'w_': (), 'ref': (sample,), 'ckpt': DRAWERS,
+    'clip_path': (reward, *DRAWERS), 'hps_path': (reward, *DRAWERS), 'pick_path': (reward, *DRAWERS),
+    'imagereward_path': (reward, *DRAWERS), 'bert_path': (reward, *DRAWERS),
+    'image_size': (tokenizer,),                                # "of tokenizer.py", says the message
+    'nproc_per_node': (), 'master_port': (),                   # "of torchrun"
+    'name': (), 'help': ()}
+
+
+def texts_of(path):
+    """The strings of a file but its docstrings."""
+    tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8'))
+    about = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    return [node.value for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in about]
+
+
+def test_messages_name_settings_of_every_script_that_prints_them():
+    for path in glob.glob(f'{HERE}/common/*.py'):
+        if os.path.basename(path).startswith('test'):
+            continue
+        for key in re.findall(r'--([a-z]\w*)', '\n'.join(texts_of(path))):
+            assert key in SPEAKERS, (path, key)
+    for key, scripts in SPEAKERS.items():
+        for script in scripts:
+            assert key in setting_names(vars(script)), (key, script.__name__)
 
 
 def test_batch_must_divide():
@@ -1858,9 +1899,17 @@ def test_no_space_or_permission_is_one_line(tmp_path):
     must_refuse('sample.py', *ask, before=FULL, words=f'cannot write {picture}')
     path = f'{tmp_path}/file'
     open(path, 'w').close()                                # chmod would not stop root
-    must_refuse('tokenizer.py', f'--out_dir={path}/out', words=f'cannot write {path}/out')
-    with exits_with('cannot write', '--out_dir'):
-        save_checkpoint(f'{path}/y.pt', {})
+    for script in SCRIPTS:                                 # at once: a line on the processes, and this
+        ask = f'{script} --out_dir={path}/out'
+        if script in ('gan.py', 'reward.py'):
+            ask += f' --init={tiny_run()[0]}/distill.pt'
+        code, text = run(ask)
+        assert code == 1 and text.count('\n') == 2, text
+        assert f'cannot write {path}/out' in text and 'choose another --out_dir' in text
+    for script, wanted in {distill: '--out_dir', sample: '--grid or --png_dir', tteo: '--name'}.items():
+        configure(dict(vars(script)), argv=[])
+        with exits_with('cannot write', f'choose another {wanted}'):
+            save_checkpoint(f'{path}/y.pt', {})
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
@@ -1877,8 +1926,122 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     assert not os.path.exists(f'{tmp_path}/x.pt')
 
 
+def test_a_damaged_line_of_a_log_is_dropped_and_the_others_kept(tmp_path):
+    good = ['{"step": 2, "loss": 1.0}\n', '{"step": 4, "loss": 2.0}\n']
+    for damage in ('\n', '\0\0\0\n', '\0' * 9, '{"step": {}}\n', '{"step": null}\n', '{"step": "3"}\n', '[]\n',
+                   '3\n', '[' * 99999 + '\n', '{"step": NaN}\n', '{"step": 4', '\ufffd\n', '{"step": 5}\n'):
+        path = tmp_path / 'x.log.jsonl'
+        path.write_text(good[0] + damage.rstrip('\n') + '\n' + good[1] + damage, encoding='utf-8')
+        Log(f'{tmp_path}/x.pt', 4)
+        assert path.read_text() == ''.join(good), damage[:20]
+    Log(f'{tmp_path}/x.pt', 0)
+    assert os.listdir(tmp_path) == ['x.log.jsonl'] and path.read_text() == ''
+
+
+# -----------------------------------------------------------------------------
+# Where a run is started
+
+def test_launcher_variables_are_whole_and_possible_or_one_line():
+    def said(rank, world, local, host, port):
+        return dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=local, MASTER_ADDR=host, MASTER_PORT=port)
+
+    good = {(0, 1, 0): [{}, dict(RANK=''), said('0', '1', '0', 'localhost', '29500')],
+            (9, 16, 1): [said('9', '16', '1', 'node-1', '29500')]}
+    bad = [dict(RANK='1'), dict(WORLD_SIZE='2'), dict(MASTER_ADDR='node-1'), dict(RANK='0', WORLD_SIZE='1'),
+           said('5', '2', '0', 'h', '1'), said('0', 'abc', '0', 'h', '1'), said('-1', '2', '0', 'h', '1'),
+           said('0', '0', '0', 'h', '1'), said('0', '2', '2', 'h', '1'), said('0', '2', '', 'h', '1'),
+           said('0', '2', '0', 'h', 'x'), said('0', '2', '0', 'h', '65536'), said('0.0', '1', '0', 'h', '1')]
+    clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    for numbers, environments in good.items():
+        for variables in environments:
+            with mock.patch.dict(os.environ, clean | variables, clear=True):
+                assert launched() == numbers
+    for variables in bad:
+        with mock.patch.dict(os.environ, clean | variables, clear=True):
+            named = ' '.join(key for key, value in variables.items() if value)
+            with exits_with(f'{list(variables)[0]}=', 'torchrun', f'unset {named}'):
+                launched()
+    rank_alone = "import os\nos.environ['RANK'] = '1'"
+    for script in (*SCRIPTS, 'sample.py', 'tteo.py'):
+        must_refuse(script, before=rank_alone, words=f'{script}: the environment says RANK=1, expected all of')
+
+
+def test_a_link_to_a_script_and_python_without_docstrings_do_as_the_script(tmp_path):
+    os.symlink(f'{HERE}/gan.py', tmp_path / 'link.py')
+    init = f'--init={tiny_run()[0]}/distill.pt'
+    must_refuse(f'{tmp_path}/link.py', '--w_gan=0', '--w_dimo=0', init, f'--out_dir={tmp_path}',
+                words='link.py: --w_gan=0 and --w_dimo=0 leave nothing to learn')
+    command = [sys.executable, '-OO', tmp_path / 'link.py', '--help']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == must_run('gan.py --help'), done.stderr
+
+
 # -----------------------------------------------------------------------------
 # Ends of a run
+
+def test_output_that_cannot_be_printed_is_dropped_or_escaped(tmp_path):
+    def closed_pipe():
+        reading, end = os.pipe()
+        os.close(reading)
+        return end
+
+    def full_pipe():
+        _, end = os.pipe()
+        os.set_blocking(end, False)                            # as Node.js and others leave it
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(end, bytes(4096))
+        return end
+
+    def dead_terminal():
+        master, end = os.openpty()
+        os.close(master)
+        return end
+
+    def full_disk():
+        return os.open('/dev/full', os.O_WRONLY)
+
+    for end in (closed_pipe, full_pipe, dead_terminal, full_disk):
+        first = open(end(), 'w', encoding='utf-8')
+        stream = console(first)
+        for line in ('a', 'b' * 99999):
+            print(line, file=stream, flush=True)
+        stream.close()
+    for encoding, wanted in {'ascii': '\\u732b \\xe4\n', 'cp1252': '\\u732b \u00e4\n', 'utf-8': '\u732b \u00e4\n'}.items():
+        path = tmp_path / encoding
+        first = open(path, 'w', encoding=encoding)
+        stream = console(first)
+        print('\u732b \u00e4', file=stream)
+        assert path.read_text(encoding=encoding) == wanted     # at once, line by line
+    print('x', file=console(None))                             # closed from the start
+    notebook = io.StringIO()
+    assert console(notebook) is notebook
+
+
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    folder = ready_for('model.py', tmp_path)
+    command = f'"{sys.executable}" "{HERE}/model.py" --D=16 --depth=1 --n_head=2 --steps=2 --batch_size=8 --n_images=32'
+    for where in ('2>&1 | head -1', '>&- 2>&-'):
+        done = subprocess.run(f'{command} --out_dir="{folder}" {where}', shell=True, capture_output=True, text=True)
+        assert done.stderr == '' and done.stdout.count('\n') <= 1
+        assert load_checkpoint(f'{folder}/model.pt')['step'] == 2
+        os.remove(f'{folder}/model.pt')
+
+
+def test_every_signal_that_asks_for_a_stop_is_heard_unless_it_was_ignored():
+    before = {}
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU'):
+        number = getattr(signal, name)
+        before[number] = signal.getsignal(number)
+        stop = Stop()
+        os.kill(os.getpid(), number)
+        assert stop.now(0, CPU), name
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)               # nohup
+    stop = Stop()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.now(0, CPU)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 def report(error):
     """What a script prints at its end because of an error."""
@@ -1912,6 +2075,7 @@ def test_a_second_wish_to_stop_counts_after_a_second():
     stop.ask(signal.SIGTERM, None)
     assert stop.now(0, CPU)
     stop.asked -= 2
+    stop.ask(signal.SIGHUP, None)                              # a terminal is no impatient person
     try:
         stop.ask(signal.SIGINT, None)
     except KeyboardInterrupt:

@@ -609,7 +609,7 @@ class Shapes:
         if size % SIZE:
             possible = max(1, round(size / SIZE)) * SIZE
             raise ValueError(f'the shapes world is drawn at multiples of {SIZE} pixels, '
-                             f'not {size}; try --image_size={possible}')
+                             f'not {size}; try --image_size={possible} of tokenizer.py')
         self.data = data
         self.size = size
         self.words = WORDS
