@@ -21,8 +21,8 @@ import torch
 
 from common.files import (claim, load_resumed, optimizer_states, restore, restore_optimizers,
                           resumes, save_checkpoint)
-from common.images import save_grid
 from common.metrics import Reference, final_table, render
+from common.pictures import save_grid
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, meet, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rounded, same_weights, set_rates, smoothed, start_run,

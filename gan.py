@@ -24,8 +24,9 @@ import torch.nn.functional as F
 
 from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
-from common.images import TokenData, decode_images, open_data, save_grid, token_data
+from common.images import TokenData, decode_images, open_data, token_data
 from common.metrics import Reference, final_table, frechet_distance, render, toy_features
+from common.pictures import save_grid
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,

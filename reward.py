@@ -22,8 +22,8 @@ import torch
 
 from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
-from common.images import save_grid
 from common.metrics import final_table, render
+from common.pictures import save_grid
 from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards,
                             reward_sum)
 from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,

@@ -25,9 +25,10 @@ import torch
 
 from common.benchmarks import check_new, draw_folder, pack_folder, plain_jobs, read_jobs, read_pixels, write_npz
 from common.files import load_checkpoint, settings_of
-from common.images import is_image, open_data, save_grid, word_encoder
+from common.images import is_image, open_data, word_encoder
 from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, inception_metrics,
                             load_inception, read_reference, render, show_table)
+from common.pictures import save_grid
 from common.rewards import mean_scores, published_scores
 from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
                         writing)

@@ -1919,7 +1919,7 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
 # The repository
 
 PACKAGES = {'torch', 'numpy', 'tqdm', 'PIL', 'scipy', *sys.stdlib_module_names}
-HELPERS = ['run', 'world', 'files', 'published', 'folders', 'images', 'metrics', 'text', 'rewards']   # in the order of imports
+HELPERS = ['run', 'world', 'files', 'published', 'folders', 'images', 'pictures', 'metrics', 'text', 'rewards']   # in the order of imports
 KNOW_THE_METHOD = ['teachers', 'maskgen', 'meissonic']
 FOR_TESTS = ['testing', 'rehearsal', 'test_common', 'test_data', 'test_text']
 GUARD = 'main guard'

@@ -371,7 +371,8 @@ if __name__ == '__main__':
 
     from common.files import (check_origin, claim, load_resumed, restore, restore_optimizers, resumes,
                               save_checkpoint)
-    from common.images import decode_images, encode_images, open_data, save_grid
+    from common.images import decode_images, encode_images, open_data
+    from common.pictures import save_grid
     from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, out_folder,
                             progress, report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
 

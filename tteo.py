@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from common.files import check_origin, load_checkpoint, settings_of
-from common.images import save_curve, save_grid
+from common.pictures import save_curve, save_grid
 from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum, small_reward_origin
 from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, try_writing, writable,
                         writing)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.images import decode_images, encode_images, save_grid
+from common.images import decode_images, encode_images
+from common.pictures import save_grid
 from common.run import (image_rngs, is_rank0, place, progress, rng_for, sum_over_processes, synchronise,
                         writing)
 

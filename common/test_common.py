@@ -36,7 +36,7 @@ import reward
 import sample
 import tokenizer
 import tteo
-from common import images, metrics, rewards, world
+from common import metrics, pictures, rewards, world
 from common.benchmarks import check_new, write_npz
 from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
@@ -866,18 +866,18 @@ def test_a_file_that_is_no_inception_network_or_another_is_explained(tmp_path):
 def test_a_caption_that_no_font_has_is_a_number_and_a_note_tells_it(tmp_path):
     path = f'{tmp_path}/x.png'
     captions = ['a cat', '\u732b', 'a cat', '\u732b']
-    with mock.patch.object(images, 'system_fonts', return_value=[]):
-        images.font_for.cache_clear()
-        images.NOTED.clear()
-        text = printed(images.save_grid, path, torch.zeros(4, 3, 8, 8), captions)
+    with mock.patch.object(pictures, 'system_fonts', return_value=[]):
+        pictures.font_for.cache_clear()
+        pictures.NOTED.clear()
+        text = printed(pictures.save_grid, path, torch.zeros(4, 3, 8, 8), captions)
         assert 'letters of 1 captions' in text and '[1] \u732b' in text
-        assert printed(images.save_grid, path, torch.zeros(4, 3, 8, 8), captions) == ''
+        assert printed(pictures.save_grid, path, torch.zeros(4, 3, 8, 8), captions) == ''
         numbered = np.asarray(Image.open(path))
-        images.save_grid(path, torch.zeros(4, 3, 8, 8), ['a cat', '[1]', 'a cat', '[1]'])
+        pictures.save_grid(path, torch.zeros(4, 3, 8, 8), ['a cat', '[1]', 'a cat', '[1]'])
         assert np.array_equal(numbered, np.asarray(Image.open(path)))
-    images.font_for.cache_clear()
+    pictures.font_for.cache_clear()
     for n, columns in ((1, 1), (3, 3), (9, 8)):        # no white column
-        images.save_grid(path, torch.zeros(n, 3, 96, 96))
+        pictures.save_grid(path, torch.zeros(n, 3, 96, 96))
         assert Image.open(path).width == 100 * columns
 
 
