@@ -25,7 +25,8 @@ import torch
 
 from common.benchmarks import check_new, draw_folder, pack_folder, plain_jobs, read_jobs, read_pixels, write_npz
 from common.files import load_checkpoint, settings_of
-from common.images import is_image, open_data, word_encoder
+from common.folders import is_image
+from common.images import open_data, word_encoder
 from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, inception_metrics,
                             load_inception, read_reference, render, show_table)
 from common.pictures import save_grid

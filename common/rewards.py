@@ -20,7 +20,7 @@ from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.published import needed, read_published
 from common.run import cosine_law, meet, progress, rng_for
-from common.text import COMMON_WORDS, check_reads_text
+from common.text import COMMON_WORDS, check_reads_text, tell_if_cut
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -218,10 +218,16 @@ def from_open_clip(state):
 def word_reader(words, length, rows, path):
     """The ids and the attention mask of prompts, filled up or cut to `length`, by a word tokenizer
     -> function prompts -> ids (B, length), mask. Raises ValueError unless it reads its prompts, and
-    the text tower has as many `rows` of words: transformers invents a tokenizer where files lack."""
+    the text tower has as many `rows` of words: transformers invents a tokenizer where files lack. Of
+    the first prompt that is cut a note tells."""
+    cut = []
+
     def read(prompts):
         pieces = words(prompts, padding='max_length', truncation=True, max_length=length,
                        return_tensors='pt')
+        for prompt, mask in zip(prompts, pieces['attention_mask']):
+            if mask.all() and not cut and tell_if_cut(words, prompt, length, f'the reward {path}'):
+                cut.append(prompt)
         return pieces['input_ids'], pieces['attention_mask']
 
     def ids_of(prompts):

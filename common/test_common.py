@@ -155,7 +155,7 @@ def test_a_setting_without_effect_is_named_and_one_with_effect_taken():
                  '--n_metrics=2000', '--n_reference=9', '--clip_path=x', f'--clip_path=x --metrics {FID}',
                  '--png_dir=x --metrics', '--npz=x --bench', '--grid=x --metrics', '--bench --metrics', '--layout=mjhq',
                  '--layout=mjhq --prompts=x', '--label=x --prompts=y', '--prompt=x --label=y', '--prompts=x --metrics',
-                 '--cfg_scale=2 --sweep', '--bert_path=x --metrics', f'--ref_from=x --metrics', '--ref_size=9',
+                 '--cfg_scale=2 --sweep', '--bert_path=x --metrics', '--ref_from=x --metrics', '--ref_size=9',
                  f'--metrics --ref_from=x {FID}', f'--ckpt=x --ref_from=x {FID}', '--student', '--teacher_path=x',
                  f'--weights=net {PUBLISHED}', f'--ckpt=x {PUBLISHED}', f'--teacher_grid=9 {PUBLISHED}'],
         distill: ['--teacher_path=x', '--tokenizer_path=x', '--text_path=x', '--prompts=x', '--teacher_heads=2',
@@ -1162,7 +1162,7 @@ def test_foreign_classes_become_inert(tmp_path):
         again = Tokenizer.from_pretrained('maskgit', path)
     same(again.state_dict(), vqgan.state_dict())
     torch.save(dict(state_dict=weights, callbacks=callbacks), path, _use_new_zipfile_serialization=False)
-    with exits_with(path, 'refused, an old file', 'Callback', 'state dict alone') as text:
+    with exits_with(path, 'refused, an old file', 'Callback', 'state dict alone'):
         Tokenizer.from_pretrained('maskgit', path)
 
 
@@ -1623,6 +1623,11 @@ def test_a_reward_that_cannot_read_its_prompts_is_refused(tmp_path):
     words = transformers.AutoTokenizer.from_pretrained(tmp_path)
     with exits_with('x: ', 'gives the id 9', 'has 9'):
         rewards.word_reader(words, 12, 9, 'x')
+    read = rewards.word_reader(words, 12, 10, 'x')
+    note = printed(read, ['red ' * 30, 'green ' * 30])
+    assert note.startswith('note: a prompt has 32 pieces, the reward x reads 12'), note
+    assert note.count('note') == 1
+    assert printed(read, ['red ' * 30]) == ''
     network.config.text_config.eos_token_id = 77           # which ends no prompt
     network.save_pretrained(f'{tmp_path}/endless')
     with exits_with('says the same of two prompts', 'endless'):

@@ -264,6 +264,15 @@ def plain_ids(rows):
     return [[int(number) for number in row] for row in rows]
 
 
+def tell_if_cut(tokenizer, caption, length, reader):
+    """Has a prompt more pieces than its reader has places? Then a note says so."""
+    n = len(tokenizer([caption], verbose=False)['input_ids'][0])
+    if n > length and is_rank0():
+        print(f'note: a prompt has {n} pieces, {reader} reads {length}: it and others like it are cut; '
+              f'it begins: {printable(caption, 60)}')
+    return n > length
+
+
 # -----------------------------------------------------------------------------
 # The encoder
 
@@ -306,17 +315,8 @@ class TextEncoder:
         found = self.tokenizer(list(captions), truncation=True, max_length=self.length)['input_ids']
         for caption, ids in zip(captions, found):
             if len(ids) == self.length and not self.told:
-                self.tell_if_cut(caption)
+                self.told = tell_if_cut(self.tokenizer, caption, self.length, 'the text tower')
         return found
-
-    def tell_if_cut(self, caption):
-        """A note, once, where a prompt has more pieces than the tower has places."""
-        n = len(self.tokenizer([caption], verbose=False)['input_ids'][0])
-        if n > self.length:
-            self.told = True
-            if is_rank0():
-                print(f'note: a prompt has {n} pieces, the text tower reads {self.length}: it and '
-                      f'others like it are cut; it begins: {printable(caption, 60)}')
 
     def token_ids(self, captions):
         """-> ids (B, T), int64, padded with 0."""
