@@ -347,7 +347,7 @@ def measure_toy():
 def write_results(file, results):
     """Numbers, and all settings that they were made with."""
     made = dict(ckpt=path, stage=stage, step=step, steps=n_steps, config=config)
-    with writing(file), open(file, 'w') as opened:
+    with writing(file), open(file, 'w', encoding='utf-8') as opened:
         json.dump(dict(results, **made), opened, indent=1)
     print(f'-> {file}')
 

@@ -1461,8 +1461,8 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     text = must_run(f'distill.py --teacher_ckpt={folder}/model.pt {here} --steps=1 --out_dir={tmp_path}/again')
     assert f'20 images of {tmp_path}/moved' in text
     must_refuse(f'tteo.py --ckpt={folder}/reward.pt', words=f'--data={data}: no such folder')
-    for command in (f'gan.py --init={folder}/distill.pt --steps=1 --out_dir={folder}',
-                    f'reward.py --steps=1 --out_dir={folder}', f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1',
+    for command in (f'gan.py --init={folder}/distill.pt --steps=1 --out_dir={folder} --overwrite',
+                    f'reward.py --steps=1 --out_dir={folder} --overwrite', f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1',
                     f'sample.py --ckpt={folder}/reward.pt --metrics --n_metrics=8 --n_reference=8'):
         must_run(f'{command} {here}')
 

@@ -338,6 +338,6 @@ def check_origin(path, state, now):
     for part in other:
         if part in MEANING:
             raise ValueError(f'{path}: was made with a {part} other than the present one, so its {MEANING[part]} mean '
-                             'something else; give what it was made with, or start anew with another --out_dir')
+                             'something else; give what it was made with, or make it anew in another folder')
         if is_rank0():
             print(f'note: {path} was made with {CHOICES[part]}')

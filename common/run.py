@@ -423,11 +423,12 @@ STOP_SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU')
 
 def on_stop_signals(handler):
     """Let handler(number, frame) answer every signal that asks for a stop -> {signal: what answered
-    before}. One that is ignored, as SIGHUP under nohup, stays so."""
+    before}. Under nohup a closed terminal asks for nothing."""
     before = {}
     for name in STOP_SIGNALS:
         number = getattr(signal, name, None)                   # Windows has but two
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+        under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
+        if number and not under_nohup:
             before[number] = signal.signal(number, handler)
     return before
 

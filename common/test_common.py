@@ -232,14 +232,16 @@ TRAINERS = (tokenizer, model, distill, gan, reward)
 DISTILLERS = (distill, gan, reward)
 DRAWERS = (tteo, sample)
 SPEAKERS = {                   # who can print a message of common/ that names this setting
-    'data': (*TRAINERS, *DRAWERS), 'resume': TRAINERS, 'batch_size': TRAINERS,
-    'out_dir': DISTILLERS, 'prompts': (*DISTILLERS, sample), 'text_path': (*DISTILLERS, *DRAWERS),
+    'data': (*TRAINERS, *DRAWERS), 'resume': TRAINERS, 'overwrite': TRAINERS, 'batch_size': TRAINERS,
+    'out_dir': TRAINERS, 'schedule': DISTILLERS, 'flips': (model, gan), 'reward_steps': (reward,),
+    'prompts': (*DISTILLERS, sample), 'text_path': (*DISTILLERS, *DRAWERS),
     'teacher': (*DISTILLERS, *DRAWERS), 'teacher_path': (*DISTILLERS, sample),
     'tokenizer_path': (*DISTILLERS, *DRAWERS), 'teacher_heads': (*DISTILLERS, sample),
-    'teacher_ckpt': DISTILLERS, 'p_full': DISTILLERS, 'p_near': DISTILLERS,
+    'teacher_ckpt': DISTILLERS, 'teacher_grid': (*DISTILLERS, sample), 'p_full': DISTILLERS, 'p_near': DISTILLERS,
     'held_out': (reward, tteo), 'w_': (), 'ref': (sample,), 'ckpt': DRAWERS,
     'clip_path': (reward, *DRAWERS), 'hps_path': (reward, *DRAWERS), 'pick_path': (reward, *DRAWERS),
     'imagereward_path': (reward, *DRAWERS), 'bert_path': (reward, *DRAWERS),
+    'inception': (sample,), 'inception_sha256': (sample,), 'ref_from': (sample,), 'png_dir': (sample,),
     'image_size': (tokenizer,),                                # "of tokenizer.py", says the message
     'nproc_per_node': (), 'master_port': (),                   # "of torchrun"
     'name': (), 'help': ()}
@@ -1369,7 +1371,7 @@ def test_what_a_checkpoint_was_made_from_is_compared_part_by_part():
     for part in made:
         now = dict(made, **{part: 'another'})
         if part in refused:
-            with exits_with('x.pt', part, refused[part], '--out_dir'):
+            with exits_with('x.pt', part, refused[part]):
                 check_origin('x.pt', dict(origin=made), now)
         else:
             assert printed(check_origin, 'x.pt', dict(origin=made), now) == f'note: x.pt was made with {said[part]}\n'
@@ -1427,10 +1429,14 @@ def test_a_missing_teacher_is_trained_first(tmp_path):
         command = [f'{HERE}/tokenizer.py', '--seed=7', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         assert 'tokenizer.pt is missing' in text.getvalue() and '3 minutes' in text.getvalue()
-        launched.return_value.wait.side_effect = [KeyboardInterrupt, 0]
+        launched.return_value.wait.side_effect = interrupt
         with exits_with('did not finish'):                 # Ctrl-C: wait until the child has saved
             train_missing('shapes', f'{tmp_path}', 7)
-        assert launched.call_count == 2 and launched.return_value.wait.call_count == 3
+        launched.return_value.terminate.assert_called_once()
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
@@ -2033,7 +2039,7 @@ def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
         os.remove(f'{folder}/model.pt')
 
 
-def test_every_signal_that_asks_for_a_stop_is_heard_unless_it_was_ignored():
+def test_every_signal_that_asks_for_a_stop_is_heard_but_a_closed_terminal_under_nohup():
     before = {}
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU'):
         number = getattr(signal, name)
@@ -2047,6 +2053,7 @@ def test_every_signal_that_asks_for_a_stop_is_heard_unless_it_was_ignored():
     assert not stop.now(0, CPU)
     for number, handler in before.items():
         signal.signal(number, handler)
+
 
 def report(error):
     """What a script prints at its end because of an error."""
