@@ -642,7 +642,7 @@ def compile_blocks(*networks, twice=False):
 # Log, progress, benchmark
 
 own_settings = set()                                   # of the script that runs: `configure` fills it
-SAY_WHERE = ('out_dir', 'grid', 'png_dir', 'name')     # settings that say where something is written
+SAY_WHERE = ('out_dir', 'grid', 'png_dir', 'npz', 'name')     # settings that say where something is written
 
 
 @contextlib.contextmanager

@@ -1423,6 +1423,9 @@ def save_stage(folder, script, step, **more):
 
 
 def test_a_missing_teacher_is_trained_first(tmp_path):
+    def ctrl_c():
+        os.kill(os.getpid(), signal.SIGINT)
+
     with mock.patch.object(subprocess, 'Popen') as launched, capture() as text:
         with exits_with('tokenizer.py did not finish'):    # as nothing is there afterwards
             train_missing('shapes', f'{tmp_path}', 7)
