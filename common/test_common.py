@@ -1432,14 +1432,10 @@ def test_a_missing_teacher_is_trained_first(tmp_path):
         command = [f'{HERE}/tokenizer.py', '--seed=7', f'--out_dir={tmp_path}']
         assert launched.call_args.args[0][1:] == command
         assert 'tokenizer.pt is missing' in text.getvalue() and '3 minutes' in text.getvalue()
-        launched.return_value.wait.side_effect = interrupt
+        launched.return_value.wait.side_effect = ctrl_c
         with exits_with('did not finish'):                 # Ctrl-C: wait until the child has saved
             train_missing('shapes', f'{tmp_path}', 7)
         launched.return_value.terminate.assert_called_once()
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_unfinished_teacher_is_trained_to_its_end(tmp_path):
