@@ -124,13 +124,16 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
     ema_decay=(0, 1), teacher_steps=1)
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {
-    'with --teacher=ours': 'teacher_ckpt',
-    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
-    'with --teacher=maskgen|meissonic': 'text_path prompts',
-    'with --teacher=meissonic': 'teacher_grid',
-    'with --aux_muon': 'aux_momentum'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
+USES = {
+    '--teacher=ours': 'teacher_ckpt',
+    '--teacher=maskgit': PUBLISHED,
+    '--teacher=maskbit': PUBLISHED,
+    '--teacher=maskgen': f'{PUBLISHED} text_path prompts',
+    '--teacher=meissonic': f'{PUBLISHED} text_path prompts teacher_grid',
+    '--aux_muon': 'aux_momentum',
+    '--p_full and --p_near below 1': 'schedule'}
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
@@ -216,6 +219,16 @@ def update(nets, optimizers, loaded, run, step):
     return numbers, logits.detach()
 
 
+def in_use(s):
+    """Which words of USES count with the settings `s`."""
+    words = [f'--teacher={s.teacher}']
+    if s.aux_muon:
+        words.append('--aux_muon')
+    if s.p_full + s.p_near < 1 - 1e-6:
+        words.append('--p_full and --p_near below 1')
+    return words
+
+
 def load_start(folder, run):
     """-> the teacher with what surrounds it; the weights that generator and auxiliary model start
     from: its own. A missing teacher of ours is trained first."""
@@ -234,9 +247,10 @@ def load_start(folder, run):
 if __name__ == '__main__':
     config = configure(globals(), RECIPES)
     run = start_run(batch_size, micro_batch)
-    stage, folder = 'distill', out_folder(out_dir, teacher, writes=not bench)
+    stage, folder = 'distill', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
-    claim(out, resume or overwrite or bench)
+    if not bench:
+        claim(out, resume or overwrite)
     loaded, start = load_start(folder, run)
 
     # Build the networks

@@ -147,15 +147,18 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
     disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {
-    'with --teacher=ours': 'teacher_ckpt',
-    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
-    'with --teacher=maskgen|meissonic': 'text_path prompts',
-    'with --teacher=meissonic': 'teacher_grid',
-    'with --w_dimo': 'beta cfg_scale p_full p_near schedule label_smoothing aux_lr aux_muon',
-    'with --w_dimo --aux_muon': 'aux_momentum',
-    'with --w_gan': 'hinge r_max relax'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
+USES = {
+    '--teacher=ours': 'teacher_ckpt',
+    '--teacher=maskgit': PUBLISHED,
+    '--teacher=maskbit': PUBLISHED,
+    '--teacher=maskgen': f'{PUBLISHED} text_path prompts',
+    '--teacher=meissonic': f'{PUBLISHED} text_path prompts teacher_grid',
+    '--w_dimo': 'beta cfg_scale p_full p_near label_smoothing aux_lr aux_muon',
+    '--w_dimo --aux_muon': 'aux_momentum',
+    '--w_dimo, --p_full and --p_near below 1': 'schedule',
+    '--w_gan': 'hinge r_max relax spectral disc_lr disc_muon disc_warmup disc_width'}
 # -----------------------------------------------------------------------------
 # The discriminator
 
@@ -473,6 +476,20 @@ class RandomTokens:
         return tokens, self.loaded.first(run.micro)
 
 
+def in_use(s):
+    """Which words of USES count with the settings `s`."""
+    words = [f'--teacher={s.teacher}']
+    if s.w_dimo:
+        words.append('--w_dimo')
+    if s.w_dimo and s.aux_muon:
+        words.append('--w_dimo --aux_muon')
+    if s.w_dimo and s.p_full + s.p_near < 1 - 1e-6:
+        words.append('--w_dimo, --p_full and --p_near below 1')
+    if s.w_gan:
+        words.append('--w_gan')
+    return words
+
+
 def handed_on(settings):
     """The generator that the run starts from, and what its checkpoint says: teacher, paths, the
     generator's settings."""
@@ -506,11 +523,12 @@ def load_start(folder, run):
 if __name__ == '__main__':
     config = configure(globals(), RECIPES, handed_on)
     run = start_run(batch_size, micro_batch)
-    stage, folder = 'gan', out_folder(out_dir, teacher, writes=not bench and not bias)
+    stage, folder = 'gan', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
     if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
-    claim(out, resume or overwrite or bench or bias)
+    if not (bench or bias):
+        claim(out, resume or overwrite)
     if not w_gan and not w_dimo:
         raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
     if bias and run.world > 1:

@@ -58,8 +58,8 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     micro_batch=0, lr=0, muon_lr=0, weight_decay=0, schedule=('arccos', 'cosine'), p_full=(0, 1),
     p_drop=(0, 1), ema_decay=(0, 1))
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {'with --data=shapes|shapes-open': 'n_images'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+USES = {'--data=shapes': 'n_images', '--data=shapes-open': 'n_images'}
 # -----------------------------------------------------------------------------
 # The transformer
 
@@ -683,6 +683,11 @@ def token_entropy(logits):
     return entropy, log_p.max(-1).values.exp().mean()
 
 
+def in_use(s):
+    """Which words of USES count with the settings `s`."""
+    return [f'--data={s.data}']
+
+
 # -----------------------------------------------------------------------------
 # Training the small teacher
 
@@ -698,7 +703,7 @@ if __name__ == '__main__':
     from common.metrics import render
     from common.pictures import save_grid
     from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
-                            micro_rng, millions, out_folder, progress, report_bench, same_weights, set_rates,
+                            micro_rng, millions, progress, report_bench, same_weights, set_rates,
                             start_run, take_step)
     from common.teachers import unpack_tokenizer
 
@@ -706,14 +711,15 @@ if __name__ == '__main__':
     run = start_run(batch_size, micro_batch)
 
     # Load the tokenizer, encode the data
-    out = os.path.join(out_folder(out_dir, writes=not bench), 'model.pt')
-    claim(out, resume or overwrite or bench)
+    out = os.path.join(out_dir, 'model.pt')
+    if not bench:
+        claim(out, resume or overwrite)
     tokenizer_path = os.path.join(out_dir, 'tokenizer.pt')
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
     tokenizer = unpack_tokenizer(packed, place=tokenizer_path).to(run.device)
     source = open_data(data, tokenizer.config['image_size'], n_images, out_dir=out_dir)
     table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
-    dataset = TokenData(table, tokenizer.N, source.words)
+    dataset = TokenData(table, tokenizer.N, source)
     words, T = list(source.words), source.caption_length
     prompt_ids = torch.from_numpy(table[:, tokenizer.N:].astype(id_type(len(words) + 1)))    # (M, T)
     origin = dict(tokenizer=tokenizer.digest(), vocabulary=digest_of(words), data=source.digest())

@@ -24,7 +24,7 @@ from common.files import (claim, load_checkpoint, load_resumed, optimizer_states
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.metrics import final_table, render
 from common.pictures import save_grid
-from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards,
+from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards, published_in_use,
                             reward_sum)
 from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, micro_rng, millions, out_folder, progress, rate_law,
@@ -146,22 +146,22 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     ema_decay=(0, 1), teacher_steps=1, relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0,
     image_clip=0, reward_steps=0, reward_batch=2, reward_lr=0, n_wrong=1)
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {
-    'with --teacher=ours': 'teacher_ckpt',
-    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path tokenizer_path teacher_heads',
-    'with --teacher=maskgen|meissonic': 'text_path prompts',
-    'with --teacher=meissonic': 'teacher_grid',
-    'with --w_dimo': 'beta cfg_scale p_full p_near schedule label_smoothing aux_lr aux_muon',
-    'with --w_dimo --aux_muon': 'aux_momentum',
-    'with --w_clipscore': 'clip_path',
-    'with --w_hps': 'clip_path hps_path',
-    'with --w_pick': 'clip_path pick_path',
-    'with --w_imagereward': 'imagereward_path bert_path',
-    'with --held_out=clipscore': 'clip_path',
-    'with --held_out=hps': 'clip_path hps_path',
-    'with --held_out=pick': 'clip_path pick_path',
-    'with --held_out=imagereward': 'imagereward_path bert_path'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
+USES = {
+    '--teacher=ours': 'teacher_ckpt',
+    '--teacher=maskgit': PUBLISHED,
+    '--teacher=maskbit': PUBLISHED,
+    '--teacher=maskgen': f'{PUBLISHED} text_path prompts',
+    '--teacher=meissonic': f'{PUBLISHED} text_path prompts teacher_grid',
+    '--w_dimo': 'beta cfg_scale p_full p_near label_smoothing aux_lr aux_muon',
+    '--w_dimo --aux_muon': 'aux_momentum',
+    '--w_dimo, --p_full and --p_near below 1': 'schedule',
+    '--w_clip or --held_out=': 'reward_steps reward_batch reward_lr n_wrong',
+    '--w_clipscore or --held_out=clipscore': 'clip_path',
+    '--w_hps or --held_out=hps': 'clip_path hps_path',
+    '--w_pick or --held_out=pick': 'clip_path pick_path',
+    '--w_imagereward or --held_out=imagereward': 'imagereward_path bert_path'}
 # -----------------------------------------------------------------------------
 # This stage's equations. nets: teacher (phi), generator (theta), generator_ema, aux (psi)
 
@@ -287,6 +287,20 @@ def held_out_of(row):
     return row['held_out']
 
 
+def in_use(s):
+    """Which words of USES count with the settings `s`."""
+    words = [f'--teacher={s.teacher}']
+    if s.w_dimo:
+        words.append('--w_dimo')
+    if s.w_dimo and s.aux_muon:
+        words.append('--w_dimo --aux_muon')
+    if s.w_dimo and s.p_full + s.p_near < 1 - 1e-6:
+        words.append('--w_dimo, --p_full and --p_near below 1')
+    if needs_small_rewards(vars(s)):
+        words.append('--w_clip or --held_out=')
+    return words + published_in_use(s)
+
+
 def handed_on(settings):
     """The generator that the run starts from, and what its checkpoint says: teacher, paths, the
     generator's settings."""
@@ -321,11 +335,12 @@ def load_start(folder, run):
 if __name__ == '__main__':
     config = configure(globals(), RECIPES, handed_on)
     run = start_run(batch_size, micro_batch)
-    stage, folder = 'reward', out_folder(out_dir, teacher, writes=not bench)
+    stage, folder = 'reward', out_folder(out_dir, teacher)
     out = os.path.join(folder, f'{stage}.pt')
     if os.path.abspath(init) == os.path.abspath(out):
         raise ValueError(f'--init={init} would be overwritten; choose another --out_dir')
-    claim(out, resume or overwrite or bench)
+    if not bench:
+        claim(out, resume or overwrite)
     loaded, start = load_start(folder, run)
 
     # Build the networks

@@ -19,6 +19,7 @@ Expected: a grid of 32 images within seconds on 2 CPU cores.
 """
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from common.files import load_checkpoint, settings_of
 from common.folders import is_image
 from common.images import open_data, word_encoder
 from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, inception_metrics,
-                            load_inception, read_reference, render, show_table)
+                            late_metrics, load_inception, read_reference, render, show_table)
 from common.pictures import save_grid
 from common.rewards import mean_scores, published_scores
 from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
@@ -103,33 +104,27 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     n=1, steps=0, tau=1e-6, top_k=0, top_p=(0, 1), batch=1, n_metrics=4, n_reference=4,
     r_init=(0, 1), sigma_init=(0, 1), tau_sample=1e-6, power=0, ref_size=1)
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {
-    'without --metrics --sweep --ref_from --layout --label': 'prompt',
-    'without --metrics --sweep --ref_from --layout --prompt --prompts': 'label',
-    'without --metrics --sweep --ref_from --label': 'prompts',
-    'without --metrics --sweep --ref_from --layout --bench': 'n grid',
-    'without --metrics --sweep --ref_from --bench': 'png_dir npz',
-    'with --prompts --png_dir': 'layout',
-    'with --prompts --npz': 'layout',
-    'with --prompts --inception --ref': 'layout',
-    'without --ref_from --layout --metrics --sweep': 'bench',
-    'without --ref_from --bench': 'metrics',
-    'without --ref_from --bench --inception': 'sweep',
-    'without --ref_from --sweep': 'cfg_scale gumbel',
-    'with --metrics --inception=': 'n_metrics n_reference clip_path hps_path pick_path imagereward_path',
-    'with --metrics --inception --ref': 'n_metrics inception ref inception_sha256 prompts',
-    'with --sweep': 'n_metrics n_reference clip_path hps_path pick_path imagereward_path',
-    'with --metrics --imagereward_path': 'bert_path',
-    'with --sweep --imagereward_path': 'bert_path',
-    'with --metrics --clip_path --inception=': 'prompts',
-    'with --metrics --imagereward_path --inception=': 'prompts',
-    'with --inception --ref': 'ref_from',
-    'with --inception --ref --ref_from': 'inception ref inception_sha256 ref_size',
-    'with --teacher=ours --ref_from=': 'ckpt weights',
-    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'teacher_path teacher_heads student',
-    'with --teacher=ours|maskgen|meissonic': 'text_path',
-    'with --teacher=meissonic': 'teacher_grid'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+REWARDS = 'clip_path hps_path pick_path imagereward_path'
+PUBLISHED = 'teacher_path teacher_heads student'
+USES = {
+    '--ref_from --inception --ref': 'ref_from ref ref_size inception inception_sha256',
+    '--metrics --inception --ref': 'metrics n_metrics inception inception_sha256 ref layout prompts cfg_scale gumbel',
+    '--metrics': f'metrics n_metrics n_reference cfg_scale gumbel {REWARDS}',
+    '--metrics and rewards': 'prompts',
+    '--sweep': f'metrics sweep n_metrics n_reference {REWARDS}',
+    '--imagereward_path': 'bert_path',
+    '--layout --prompts, and --png_dir or --npz': 'layout prompts png_dir npz cfg_scale gumbel',
+    '--bench': 'bench cfg_scale gumbel',
+    'drawing': 'n grid png_dir npz cfg_scale gumbel',
+    'drawing texts': 'prompt prompts',
+    'drawing a class': 'label',
+    'a model': 'seed steps law power tau tau_sample top_k top_p r_init sigma_init tokenizer_path data',
+    '--teacher=ours': 'ckpt weights text_path',
+    '--teacher=maskgit': PUBLISHED,
+    '--teacher=maskbit': PUBLISHED,
+    '--teacher=maskgen': f'{PUBLISHED} text_path',
+    '--teacher=meissonic': f'{PUBLISHED} text_path teacher_grid'}
 TEACHERS_OWN = ('steps', 'cfg_scale', 'gumbel', 'law', 'power', 'sweep')     # without effect on a one-step generator
 GENERATORS_OWN = ('r_init', 'sigma_init')                                   # the reverse
 MADE_BY = ('weights', 'seed', 'cfg_scale', 'gumbel', 'law', 'power', 'top_k', 'top_p', 'r_init', 'sigma_init',
@@ -137,7 +132,44 @@ MADE_BY = ('weights', 'seed', 'cfg_scale', 'gumbel', 'law', 'power', 'top_k', 't
 SHOWN = 256                                            # most images of a grid
 # -----------------------------------------------------------------------------
 
-GIVEN = CHANGED = ()   # the settings that the command line names, and changes: `configure` writes them
+GIVEN = ()             # the settings that the command line names, and
+CHANGED = ()           # those of them that it changes: `configure` writes both
+
+
+def action(s):
+    """What the script does with the settings `s`, a word of USES and of ACTIONS."""
+    if s.inception and s.ref and s.ref_from:
+        return '--ref_from --inception --ref'
+    if s.inception and s.ref and s.metrics:
+        return '--metrics --inception --ref'
+    if s.sweep:
+        return '--sweep'
+    if s.metrics:
+        return '--metrics'
+    if s.layout and s.prompts and (s.png_dir or s.npz):
+        return '--layout --prompts, and --png_dir or --npz'
+    if s.bench:
+        return '--bench'
+    return 'drawing'
+
+
+def in_use(s):
+    """Which words of USES count: what is done, with which captions and rewards, by which model."""
+    what = action(s)
+    words = [what]
+    if what.startswith('--ref_from'):                  # which draws nothing
+        return words
+    words += ['a model', f'--teacher={s.teacher}']
+    if what in ('drawing', '--bench'):
+        if not s.label:
+            words.append('drawing texts')
+        elif not s.prompt and not s.prompts:
+            words.append('drawing a class')
+    if what == '--metrics' and (s.clip_path or s.imagereward_path):
+        words.append('--metrics and rewards')
+    if what in ('--metrics', '--sweep') and s.imagereward_path:
+        words.append('--imagereward_path')
+    return words
 
 
 def load():
@@ -155,10 +187,15 @@ def load():
 
 
 def name_classes(loaded):
-    """Classes that are only numbered are called as the folders in --data are."""
+    """Classes that are only numbered are called as the folders in --data are. Raises ValueError
+    where --data is of no use."""
     numbers = [str(k) for k in range(len(loaded.classes))]
-    if not data or data in WORLDS or not numbers or loaded.classes != numbers:
-        if data and not sweep and (inception or not metrics):
+    is_numbered = bool(numbers) and loaded.classes == numbers
+    measures = sweep or metrics and not inception
+    if not data:
+        return
+    if data in WORLDS or not is_numbered:
+        if not measures:
             raise ValueError(f'--data has no effect here: the classes of {ckpt} need no names; it is used with '
                              '--metrics')
         return
@@ -218,9 +255,10 @@ def sampler(cfg_scale, gumbel):
 
 def check_sampler():
     """Raise ValueError for a setting that is given and that this kind of sampler has not."""
-    kind, others = 'is a one-step generator', TEACHERS_OWN
     if is_teacher:
         kind, others = 'is a teacher, which draws in steps', GENERATORS_OWN
+    else:
+        kind, others = 'is a one-step generator', TEACHERS_OWN
     for key in others:
         if key in GIVEN and not (key == 'steps' and steps <= 1):
             raise ValueError(f'--{key} has no effect here: {path} {kind}')
@@ -263,16 +301,18 @@ def measure_inception():
     reference = read_reference(ref, network, run.device, batch)
     captions = inception_captions()
 
-    def report(row):
-        if run.rank == 0:
-            print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({len(captions)} images, seeds ({seed}, k), '
-                  f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
-            write_results(file, dict(row, sha256=digest, images=len(captions), passes=passes(cfg_scale)))
-    row = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch, report)
-    if 'precision' in row:
-        report(row)
-    elif reference.features is None and run.rank == 0:
-        print(f'no precision and recall: {ref} holds no images (arr_0)')
+    row, features = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
+    report_inception(file, row, len(captions), digest)         # before what may fail
+    late = late_metrics(reference.features, features)
+    if late:
+        report_inception(file, {**row, **late}, len(captions), digest)
+
+
+def report_inception(file, row, images, digest):
+    if run.rank == 0:
+        print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({images} images, seeds ({seed}, k), '
+              f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
+        write_results(file, dict(row, sha256=digest, images=images, passes=passes(cfg_scale)))
 
 
 def inception_captions():
@@ -379,7 +419,7 @@ def draw_benchmark():
 
 def draw_grid():
     """A grid, and perhaps a PNG per image, of which the grid shows the first."""
-    picture = grid or os.path.join(os.path.dirname(writable(stem)), 'samples.png')
+    picture = grid or writable(os.path.join(os.path.dirname(stem), 'samples.png'))
     if not is_image(picture):
         raise ValueError(f'--grid={picture}: expected the name of a picture, as in x.png')
     try_writing(picture)
@@ -412,14 +452,24 @@ def handed_on(settings):
     return made
 
 
+ACTIONS = {
+    '--metrics --inception --ref': measure_inception,
+    '--metrics': measure_toy,
+    '--sweep': measure_toy,
+    '--layout --prompts, and --png_dir or --npz': draw_benchmark,
+    '--bench': time_one_batch,
+    'drawing': draw_grid}
+
+
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
     config = configure(globals(), RECIPES, handed_on)
+    what = action(SimpleNamespace(**config))
     run = start_run(half=('cuda',))                    # float32 on a CPU, as in the stages' tables
     if run.world > 1 and not (inception or png_dir or npz):
         raise ValueError('runs as one process, except for --inception, --png_dir and --npz; start it with python')
-    if ref_from:
+    if what.startswith('--ref_from'):
         make_reference()
         end_run()
         raise SystemExit
@@ -432,14 +482,5 @@ if __name__ == '__main__':
     if n_steps > loaded.net.N:
         raise ValueError(f'--steps={steps} is more than the {loaded.net.N} tokens of an image; '
                          f'try --steps={loaded.net.N}')
-    if bench:
-        time_one_batch()
-    elif metrics and inception:
-        measure_inception()
-    elif layout:
-        draw_benchmark()
-    elif metrics or sweep:
-        measure_toy()
-    else:
-        draw_grid()
+    ACTIONS[what]()
     end_run()

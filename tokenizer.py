@@ -373,13 +373,14 @@ if __name__ == '__main__':
                               save_checkpoint)
     from common.images import decode_images, encode_images, open_data
     from common.pictures import save_grid
-    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions, out_folder,
+    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions,
                             progress, report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
 
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
-    out = os.path.join(out_folder(out_dir, writes=not bench), 'tokenizer.pt')
-    claim(out, resume or overwrite or bench)
+    out = os.path.join(out_dir, 'tokenizer.pt')
+    if not bench:
+        claim(out, resume or overwrite)
     source = open_data(data, image_size, out_dir=out_dir)
     origin = dict(data=source.digest())
     free_steps = max(1, min(warmup_free, steps // 2))          # short runs get a codebook too

@@ -25,7 +25,8 @@ import torch
 
 from common.files import check_origin, load_checkpoint, settings_of
 from common.pictures import save_curve, save_grid
-from common.rewards import load_held_out, load_rewards, needs_small_rewards, reward_sum, small_reward_origin
+from common.rewards import (load_held_out, load_rewards, needs_small_rewards, published_in_use, reward_sum,
+                            small_reward_origin)
 from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, try_writing, writable,
                         writing)
 from common.teachers import unpack
@@ -86,18 +87,16 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     output=('soft', 'tokens'), r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'))
 
-# What a setting goes with; in no list: always. Given without it, it is refused
-ACTIONS = {
-    'with --teacher=maskgit|maskbit|maskgen|meissonic': 'tokenizer_path',
-    'with --teacher=maskgen|meissonic': 'text_path',
-    'with --w_clipscore': 'clip_path',
-    'with --w_hps': 'clip_path hps_path',
-    'with --w_pick': 'clip_path pick_path',
-    'with --w_imagereward': 'imagereward_path bert_path',
-    'with --held_out=clipscore': 'clip_path',
-    'with --held_out=hps': 'clip_path hps_path',
-    'with --held_out=pick': 'clip_path pick_path',
-    'with --held_out=imagereward': 'imagereward_path bert_path'}
+# What counts only with a choice of `in_use` below; what is named nowhere always counts
+USES = {
+    '--teacher=maskgit': 'tokenizer_path',
+    '--teacher=maskbit': 'tokenizer_path',
+    '--teacher=maskgen': 'tokenizer_path text_path',
+    '--teacher=meissonic': 'tokenizer_path text_path',
+    '--w_clipscore or --held_out=clipscore': 'clip_path',
+    '--w_hps or --held_out=hps': 'clip_path hps_path',
+    '--w_pick or --held_out=pick': 'clip_path pick_path',
+    '--w_imagereward or --held_out=imagereward': 'imagereward_path bert_path'}
 # -----------------------------------------------------------------------------
 # This stage's equations
 
@@ -279,6 +278,11 @@ def check_small_rewards(world_file, loaded):
     check_origin(world_file, made, small_reward_origin(loaded))
 
 
+def in_use(s):
+    """Which words of USES count with the settings `s`."""
+    return [f'--teacher={s.teacher}', *published_in_use(s)]
+
+
 def handed_on(settings):
     """What the generator's checkpoint says that it was made with."""
     return settings_of(settings['ckpt'], INHERITED)
@@ -297,7 +301,10 @@ if __name__ == '__main__':
     loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt, text_path)
     loaded.data = data or loaded.data
     folder = os.path.dirname(ckpt)
-    world_file, stem = os.path.join(folder, 'rewards.pt'), name or writable(os.path.join(folder, 'tteo'))
+    world_file = os.path.join(folder, 'rewards.pt')
+    stem = name
+    if not name:
+        stem = writable(os.path.join(folder, 'tteo.json')).removesuffix('.json')
     try_writing(f'{stem}.json')                        # before slow work
     if needs_small_rewards(config):
         check_small_rewards(world_file, loaded)

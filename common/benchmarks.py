@@ -3,7 +3,6 @@ Folders of drawn images: plain ones, and the layouts of three text-to-image benc
 where they look for images. The judges (GenEval's detector, HPSv2, FID of MJHQ-30K, the ADM suite) run in environments
 of their own; sample.py draws for them.
 """
-import hashlib
 import json
 import os
 import zipfile
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.files import digest_of
 from common.images import decode_images, one_line, read_text
-from common.run import image_rngs, meet, place, progress, sum_over_processes, writing
+from common.run import image_rngs, meet, rank_and_world, progress, sum_over_processes, writing
 
 LAYOUTS = ('geneval', 'hpsv2', 'mjhq')
 PER_PROMPT = 4                         # images of a prompt in GenEval
@@ -128,8 +128,8 @@ def draw_folder(draw, loaded, jobs, folder, made, seed, batch):
     once; what is there and whole is skipped, so that an interrupted call can be repeated. Processes
     take batches in turn. `made` says what the images have in common -> how many were drawn now.
     Raises ValueError, OSError."""
-    rank, world = place()
-    made = dict(made, seed=seed, n=len(jobs), prompts=digest_of(jobs))
+    rank, world = rank_and_world()
+    made = dict(made, seed=seed, n=len(jobs), prompts=digest_of([[job.file, job.prompt] for job in jobs]))
     check_folder(folder, made, jobs)
     meet()                                             # all have looked before one writes
     if rank == 0:
@@ -191,12 +191,6 @@ def mark_folder(folder, made, jobs):
 
 def about_file(folder):
     return os.path.abspath(folder) + '.json'
-
-
-def digest_of(jobs):
-    """Of files and prompts."""
-    listed = [[job.file, job.prompt] for job in jobs]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 LAST_BYTES = {'.png': b'IEND\xaeB`\x82', '.jpg': b'\xff\xd9'}    # PIL reads a PNG without its end, too

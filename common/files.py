@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from common.run import is_rank0, writing
+from common.run import is_rank0, say, try_writing, writing
 
 
 # -----------------------------------------------------------------------------
@@ -205,17 +205,19 @@ def settings_of(path, keys):
 
 
 def claim(path, may_be_there):
-    """Raise ValueError where a run would replace the checkpoint of another: only --resume,
-    --overwrite and --bench, which writes nothing, may find one."""
+    """Before slow work: ValueError where a run would replace the checkpoint of another, which only
+    --resume and --overwrite may; OSError where none can be written."""
     if exists(path) and not may_be_there:
         raise ValueError(f'{path} is there already and would be replaced; continue it with --resume, keep it with '
                          'another --out_dir, or replace it with --overwrite')
+    if is_rank0():
+        try_writing(path)
 
 
 def resumes(resume, path):
     """Is there something that --resume continues? Without it the run starts, with a note."""
-    if resume and not exists(path) and is_rank0():
-        print(f'note: {path} is not there yet, so there is nothing to resume; starting at step 0')
+    if resume and not exists(path):
+        say(f'note: {path} is not there yet, so there is nothing to resume; starting at step 0')
     return resume and exists(path)
 
 
@@ -228,8 +230,8 @@ def load_resumed(path, stage, config):
         before = state['config'].get(key, value)
         if before != value and key not in ('resume', 'overwrite', 'bench', 'out_dir'):
             other.append(f'--{key}={value} (it had {printable(before)})')
-    if other and is_rank0():
-        print(f'note: {path} continues with {", ".join(other)}')
+    if other:
+        say(f'note: {path} continues with {", ".join(other)}')
     return state
 
 
@@ -242,7 +244,7 @@ def restore(module, weights, path, name):
         if key in weights:
             place = f'{path}: {name}: {key}'
             check_kind(weights[key], own, place)
-            check_finite(weights[key], place)
+            check_weight(weights[key], place)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -262,17 +264,17 @@ def check_kind(value, own, place):
                          'bfloat16; take the weights in one of these')
 
 
-def check_finite(value, place):
+def check_weight(value, place):
     """Raise ValueError where a weight holds NaN or infinite numbers."""
     if not is_finite(value):
         raise ValueError(f'{place} holds NaN or infinite numbers, expected finite ones. Take '
                          'another copy or an earlier checkpoint')
 
 
-def check_all_finite(network, name):
-    """`check_finite` of all weights of a network that was read elsewhere."""
+def check_weights(network, name):
+    """`check_weight` of all weights of a network that was read elsewhere."""
     for key, value in network.state_dict().items():
-        check_finite(value, f'{name}: {key}')
+        check_weight(value, f'{name}: {key}')
 
 
 def is_finite(value):
@@ -328,6 +330,15 @@ def digest_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def file_digest(path):
+    sha = hashlib.sha256()
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+        for _ in range(0, size, 1 << 20):
+            sha.update(file.read(1 << 20))
+    return sha.hexdigest()
+
+
 def check_origin(path, state, now):
     """Compare what the checkpoint `state` at `path` was made from with what is there `now`, {part:
     digest}: tokenizer, vocabulary, data, teacher. With another tokenizer or vocabulary its numbers
@@ -339,5 +350,4 @@ def check_origin(path, state, now):
         if part in MEANING:
             raise ValueError(f'{path}: was made with a {part} other than the present one, so its {MEANING[part]} mean '
                              'something else; give what it was made with, or make it anew in another folder')
-        if is_rank0():
-            print(f'note: {path} was made with {CHOICES[part]}')
+        say(f'note: {path} was made with {CHOICES[part]}')

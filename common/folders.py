@@ -145,8 +145,11 @@ def is_split(name):
 
 
 def block_digest(path):
-    """16 letters that change with a file. Of a large image 8 blocks are read, the first and the
-    last among them: where it is compressed a change goes on to the end."""
+    """16 letters that change with a file, 'unreadable' of one that may not be read. Of a large image
+    8 blocks are read, the first and the last among them: where it is compressed a change goes on to
+    the end."""
+    if not os.access(path, os.R_OK):
+        return 'unreadable'
     size = os.path.getsize(path)
     places = range(0, size, BLOCK)
     if len(places) > N_BLOCKS and not path.lower().endswith(UNCOMPRESSED):

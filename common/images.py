@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 from common.files import digest_of
 from common.folders import below, block_digest, is_split, list_folder, other_endings
-from common.run import is_rank0, meet, progress, writing
+from common.run import is_rank0, meet, progress, say, writing
 from common.world import WORLDS, Shapes, mirrored
 
 READERS = 8                    # threads that decode files; PIL lets them run in parallel
@@ -579,12 +579,6 @@ def brightest(path):
             pixels = np.asarray(image)
             return image.mode, pixels[np.isfinite(pixels)].max(initial=0)
     return '', 0
-
-
-def say(text):
-    """One line on the console, by one process, above a progress bar if there is one."""
-    if is_rank0():
-        tqdm.write(text)
 
 
 # -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 Numbers for pictures: toy distance, precision and recall, prompt following, FID and IS with an
 Inception network that the user gives, and the table that ends every stage.
 """
-import hashlib
 import json
 import math
 import time
@@ -17,8 +16,9 @@ import torch.nn.functional as F
 
 from common.images import decode_images, encode_images
 from common.pictures import save_grid
-from common.run import (image_rngs, is_rank0, place, progress, rng_for, sum_over_processes, synchronise,
-                        writing)
+from common.files import file_digest, first_line
+from common.run import (image_rngs, progress, rank_and_world, rng_for, say, sum_over_processes,
+                        synchronise, writing)
 
 TOY_SIZE = 32                                          # pixels a side that toy_features looks at
 NEIGHBOURS = 5                                         # reference images that vote on a label
@@ -335,20 +335,17 @@ def load_inception(path, device, sha256=''):
     the file, printed before the program runs. Raises ValueError where the file cannot be read, or
     has not the `sha256` wanted."""
     try:
-        with open(path, 'rb') as file:
-            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        digest = file_digest(path)
     except OSError as error:
         raise ValueError(f'--inception={path}: {error.strerror}; expected inception-2015-12-05.pt, see '
                          'README.md') from None
-    if is_rank0():
-        print(f'{path}: a program, sha256 {digest}', flush=True)
+    say(f'{path}: a program, sha256 {digest}')
     if sha256 and sha256.strip().lower() != digest:
         raise ValueError(f'--inception={path}: not run, its sha256 is {digest}, not --inception_sha256={sha256}')
     try:
         program = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise ValueError(f'{path}: not readable as TorchScript ({reason}); expected '
+        raise ValueError(f'{path}: not readable as TorchScript ({first_line(error, 80)}); expected '
                          'inception-2015-12-05.pt, see README.md') from None
     torch.backends.cudnn.allow_tf32 = False            # FID is defined by float32 features
 
@@ -391,7 +388,7 @@ def inception_outputs(sample, loaded, captions, network, widths, seed, batch):
     """What the network says of the images drawn for n captions, by all processes together ->
     Moments of the features, features (n, d), probabilities (n, K); widths are d and K. Batch k
     belongs to process k mod world; image i follows from (seed, i)."""
-    rank, world = place()
+    rank, world = rank_and_world()
     n = len(captions)
     device = loaded.device
     d, K = widths
@@ -418,11 +415,11 @@ def inception_outputs(sample, loaded, captions, network, widths, seed, batch):
 
 
 @torch.no_grad()
-def inception_metrics(sample, loaded, captions, network, reference, seed, batch, report=None):
-    """FID, IS, precision and recall of images that sample(cond, rngs) draws for n captions, class
-    names in random order -> a dict, on every process. `network` gives features and probabilities;
-    `reference` is what `read_reference` returns. Fewer than 50,000 images are called FID@n. FID and
-    IS are handed to report(row) before precision and recall, whose failure costs only them."""
+def inception_metrics(sample, loaded, captions, network, reference, seed, batch):
+    """FID and IS of images that sample(cond, rngs) draws for n captions, class names in random
+    order -> a dict, and the features (n, d), on every process. `network` gives features and
+    probabilities; `reference` is what `read_reference` returns. Fewer than 50,000 images are called
+    FID@n."""
     n = len(captions)
     widths = widths_of(network, loaded.device)
     moments, features, probs = inception_outputs(
@@ -431,15 +428,21 @@ def inception_metrics(sample, loaded, captions, network, reference, seed, batch,
     name = 'FID' if n >= 50_000 else f'FID@{n}'
     wanted = reference.mean.to(loaded.device), reference.covariance.to(loaded.device)
     row = {name: frechet_distance(moments.result(), wanted), 'IS': inception_score(probs)}
-    if report is not None:
-        report(row)
-    if reference.features is not None:
-        try:
-            precision, recall = precision_recall(reference.features, features)
-            row.update(precision=precision, recall=recall)
-        except (RuntimeError, MemoryError, ValueError) as error:
-            print(f'no precision and recall: {str(error).splitlines()[0][:100]}')
-    return row
+    return row, features
+
+
+def late_metrics(real, fake):
+    """Precision and recall of features (M, d), (n, d) as a dict, which is empty where `real` is
+    None, or memory lacks: that is said."""
+    if real is None:
+        say('no precision and recall: the reference holds no images (arr_0)')
+        return {}
+    try:
+        precision, recall = precision_recall(real, fake)
+    except (RuntimeError, MemoryError) as error:
+        say(f'no precision and recall: {first_line(error, 100)}')
+        return {}
+    return dict(precision=precision, recall=recall)
 
 
 # -----------------------------------------------------------------------------
@@ -464,10 +467,9 @@ def read_reference(path, network, device, batch):
             if 'arr_0.npy' in archive.namelist():
                 for pixels in read_images(archive, batch):
                     features.append(network(pixels.to(device))[0])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f'--ref={path}: {reason}; expected an npz with mu and sigma, as the ADM suite publishes '
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise ValueError(f'--ref={path}: {first_line(error, 200)}; expected an npz with mu and sigma, as the ADM suite publishes '
                          '(assets/RESULTS.md, section 16), or as --ref_from=FOLDER makes it') from None
     return SimpleNamespace(mean=mean, covariance=covariance, features=torch.cat(features) if features else None)
 
@@ -528,7 +530,7 @@ def read_images(archive, batch):
 def folder_moments(source, network, device, batch):
     """Mean and covariance of the network's features of all readable images of a source, by all
     processes together, and the numbers of these images."""
-    rank, world = place()
+    rank, world = rank_and_world()
     d, _ = widths_of(network, device)
     moments = Moments(d, device)
     readable = torch.zeros(source.length, device=device)

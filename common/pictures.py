@@ -10,8 +10,10 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.images import NOTED, one_line, say
-from common.run import writing
+from common.images import one_line
+from common.run import say, writing
+
+NOTED = set()                  # captions without a font of which a note has told already
 
 FONT_FOLDERS = ('/usr/share/fonts', '/usr/local/share/fonts', '~/.fonts', '~/.local/share/fonts',
                 '/System/Library/Fonts', '/Library/Fonts', '~/Library/Fonts', 'C:/Windows/Fonts')
@@ -44,8 +46,8 @@ def save_grid(path, images, captions=(), columns=8):
             caption = one_line(captions[k])
             font = font_for(caption)
             if font is None:
-                number = unwritten.setdefault(caption, f'[{k}]')
-                caption, font = number, built_in_font()
+                caption = unwritten.setdefault(caption, f'[{k}]')
+                font = built_in_font()
             letter = 6 if font is built_in_font() else LETTER  # about so many pixels wide
             lines = textwrap.wrap(caption, width // letter)
             text = '\n'.join(lines[:3])

@@ -17,7 +17,7 @@ import zipfile
 import numpy as np
 import torch
 
-from common.files import check_finite, check_kind, first_line, is_big_endian, is_pickle, odd_kind, printable
+from common.files import check_weight, check_kind, first_line, is_big_endian, is_pickle, odd_kind, printable
 from common.run import is_rank0
 
 WEIGHT_FILES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
@@ -593,7 +593,7 @@ def fill(network, weights, rename, name):
         theirs, place = weights[wanted[key]], f'{name}: {wanted[key]}'
         check_kind(theirs, own, place)
         copies[key] = copied(theirs)
-        check_finite(copies[key], place)
+        check_weight(copies[key], place)
         if has_hole(copies[key]) and not key.startswith('null_'):      # which no file holds
             holes.append(wanted[key])
     if holes and is_rank0():

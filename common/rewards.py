@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (build, check_all_finite, check_origin, digest_of, load_checkpoint,
+from common.files import (build, check_weights, check_origin, digest_of, load_checkpoint,
                           open_hub, restore, save_checkpoint)
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
@@ -82,6 +82,15 @@ def published_scores(settings, device):
         if settings[f'{name}_path']:
             scores[title] = load_reward(name, settings, '', device)
     return scores
+
+
+def published_in_use(s):
+    """Which published rewards the settings `s` weigh or hold out, in words."""
+    words = []
+    for name in REWARDS[1:]:                                   # the first is the small one
+        if vars(s)[f'w_{name}'] or name in s.held_out.split(','):
+            words.append(f'--w_{name} or --held_out={name}')
+    return words
 
 
 @torch.no_grad()
@@ -252,7 +261,7 @@ def load_clip(path, clip_path):
         if missing:
             raise KeyError(missing[0])
         words = transformers.AutoTokenizer.from_pretrained(clip_path)
-    check_all_finite(model, path)
+    check_weights(model, path)
     return model, words
 
 

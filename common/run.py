@@ -32,6 +32,9 @@ HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 # -----------------------------------------------------------------------------
 # Settings: defaults in the script < the checkpoint it starts from < the teacher's recipe < the command line
 
+OWN_SETTINGS = set()                                   # of the script that runs: `configure` fills it
+
+
 def configure(g, recipes=None, handed_on=None, argv=None):
     """Set the lower-case scalar globals of a script `g` and return them as a dict, which is printed
     and saved. `recipes` {teacher: {setting: value}} is what --teacher=NAME changes;
@@ -47,24 +50,19 @@ def configure(g, recipes=None, handed_on=None, argv=None):
         argv = sys.argv[1:]
     script = script_name(g)
     keys = setting_names(g)
-    own_settings.clear()
-    own_settings.update(keys)
+    OWN_SETTINGS.clear()
+    OWN_SETTINGS.update(keys)
     given = read_arguments(argv, g, keys)
     defaults = {key: g[key] for key in keys}
-    settings = {**defaults, **given}
-    handed = {}
-    if handed_on is not None:
-        handed = handed_on(settings)
-        settings.update(handed)
-        settings.update(given)
-    recipe = (recipes or {}).get(settings.get('teacher'), {})
+    handed = handed_on({**defaults, **given}) if handed_on else {}
+    kind = {**defaults, **handed, **given}.get('teacher')
+    recipe = (recipes or {}).get(kind, {})
     for key, value in recipe.items():
         if key not in keys or type(value) is not type(g[key]):
             raise TypeError(f'{script}: {key}={value!r} in a recipe is no setting of this script and type')
     usual = {**defaults, **handed, **recipe}
+    settings = {**usual, **given}
     changed = [key for key in given if given[key] != usual[key]]
-    settings.update(recipe)
-    settings.update(given)
     rank, _, _ = launched()
     if recipe and rank == 0:
         applied = {key: value for key, value in recipe.items() if key not in given}
@@ -73,7 +71,8 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     for key in settings:
         settings[key] = absolute(key, settings[key])
     check_limits(script, settings, g.get('LIMITS', {}), defaults)
-    check_used(script, settings, given, g.get('ACTIONS', {}), defaults)
+    if 'USES' in g:
+        check_used(script, settings, given, g['USES'], g['in_use'], defaults)
     g.update(settings, GIVEN=tuple(given), CHANGED=tuple(changed))
     return settings
 
@@ -179,44 +178,16 @@ def check_limits(script, settings, limits, defaults):
                          'whole, above 1')
 
 
-def check_used(script, settings, given, actions, defaults):
-    """Exit with one line where a setting is given that has no effect. `actions` is a table of a
-    script, {'with --metrics --inception=': 'n_metrics data', 'without --sweep': 'gumbel'}: an action
-    is named by what chooses it, and these settings belong to it; one that is in no list always
-    counts."""
+def check_used(script, settings, given, uses, in_use, defaults):
+    """Exit with one line where a setting is given that has no effect. `uses` {choice: settings} says
+    what counts only with a choice, in_use(settings) which choices are made; a setting that `uses`
+    does not name always counts, and so does one that is switched off."""
+    made = in_use(SimpleNamespace(**settings))
     for key in given:
-        users = [action for action, names in actions.items() if key in names.split()]
-        advice = [what_lacks(action, settings) for action in users]
+        owners = [choice for choice, names in uses.items() if key in names.split()]
         off = not settings[key] and settings[key] == defaults[key]
-        if users and all(advice) and not off:
-            raise SystemExit(f'{script}: --{key} has no effect here; {", or ".join(advice)}')
-    others = 1 - settings.get('p_full', 0) - settings.get('p_near', 0)
-    if 'schedule' in given and others < 1e-6:
-        raise SystemExit(f'{script}: --schedule has no effect here; --p_full and --p_near leave no image to its law')
-
-
-def what_lacks(action, settings):
-    """What to change so that an action is chosen, '' where it is: 'with --a --b=x|y' wants all of
-    these, b being x or y or a list (x,z) with one of them, `--b=` an empty one; 'without --a --b'
-    none of them."""
-    how, *conditions = action.split()
-    give, leave = [], []
-    for condition in conditions:
-        key, equals, wanted = condition.removeprefix('--').partition('=')
-        on = bool(settings[key])
-        if how == 'without' or condition == f'--{key}=':
-            if on:
-                leave.append(f'--{key}')
-        elif equals and not set(str(settings[key]).split(',')) & set(wanted.split('|')):
-            give.append(condition)
-        elif not on:
-            give.append(condition)
-    parts = []
-    if give:
-        parts.append(f'give {" ".join(give)}')
-    if leave:
-        parts.append(f'leave out {" ".join(leave)}')
-    return ' and '.join(parts)
+        if owners and not set(owners) & set(made) and not off:
+            raise SystemExit(f'{script}: --{key} has no effect here; it goes with {", or with ".join(owners)}')
 
 
 def wanted_instead(key, value, limit, default):
@@ -359,15 +330,11 @@ def split_batch(batch_size, micro_batch, world):
     return micro, batch_size // (micro * world)
 
 
-def out_folder(out_dir, teacher='ours', writes=False):
-    """--out_dir, or where it is '': out/ for our own teacher, out/NAME for a published one. A run
-    that `writes` tries it now, before slow work. Raises OSError."""
-    if not out_dir:
-        out_dir = 'out' if teacher == 'ours' else f'out/{teacher}'
-    if writes and is_rank0():
-        with writing(f'{out_dir}/'), tempfile.TemporaryFile(dir=out_dir) as file:
-            file.write(bytes(1024))
-    return out_dir
+def out_folder(out_dir, teacher):
+    """--out_dir, or where it is '': out/ for our own teacher, out/NAME for a published one."""
+    if out_dir:
+        return out_dir
+    return 'out' if teacher == 'ours' else f'out/{teacher}'
 
 
 def end_run():
@@ -381,7 +348,13 @@ def is_rank0():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def place():
+def say(text):
+    """One line on the console, by one process, above a progress bar if there is one."""
+    if is_rank0():
+        tqdm.write(text)
+
+
+def rank_and_world():
     """The number of this process, and how many there are."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -641,7 +614,6 @@ def compile_blocks(*networks, twice=False):
 # -----------------------------------------------------------------------------
 # Log, progress, benchmark
 
-own_settings = set()                                   # of the script that runs: `configure` fills it
 SAY_WHERE = ('out_dir', 'grid', 'png_dir', 'npz', 'name')     # settings that say where something is written
 
 
@@ -649,12 +621,12 @@ SAY_WHERE = ('out_dir', 'grid', 'png_dir', 'npz', 'name')     # settings that sa
 def writing(path):
     """Make the folder of `path`; inside, a full disk or a missing permission raises OSError with
     one line."""
-    options = [f'--{key}' for key in SAY_WHERE if key in own_settings]
+    options = [f'--{key}' for key in SAY_WHERE if key in OWN_SETTINGS]
     elsewhere = ' or '.join(options) or 'folder'
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         yield
-    except (OSError, RuntimeError, ValueError) as error:       # of torch.save, of PIL
+    except (OSError, RuntimeError) as error:                   # of torch.save
         reason = str(error) or type(error).__name__
         raise OSError(f'cannot write {path}: {reason.splitlines()[0]}. Earlier checkpoints are untouched; free some '
                       f'space or permissions, or choose another {elsewhere}') from None
@@ -667,22 +639,21 @@ def try_writing(path):
             raise IsADirectoryError('it is a folder')
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise PermissionError('it is write-protected')
-        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
-            pass
+        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.') as file:
+            file.write(bytes(1024))                            # a full disk, too
 
 
-def writable(stem):
-    """Beside a checkpoint, or, where its folder takes no file, of the same name in out/ of the
-    current folder, which is said. Raises OSError where that does not, either."""
-    folder, name = os.path.split(os.path.abspath(stem))
+def writable(path):
+    """The path of a file to write, or, where its folder takes no file, FOLDER-NAME in out/ of the
+    current folder, which is said. Raises OSError where that takes none, either."""
     try:
-        try_writing(f'{stem}.try')
-        return stem
+        try_writing(path)
+        return path
     except OSError:
-        elsewhere = os.path.join('out', f'{os.path.basename(folder)}-{name}')
-    try_writing(f'{elsewhere}.try')
-    if is_rank0():
-        print(f'note: {folder} takes no files; what is written beside {name} goes to out/')
+        folder, name = os.path.split(os.path.abspath(path))
+    elsewhere = os.path.join('out', f'{os.path.basename(folder)}-{name}')
+    try_writing(elsewhere)
+    say(f'note: {folder} takes no file {name}; it is written to {elsewhere}')
     return elsewhere
 
 
@@ -697,9 +668,7 @@ def results_file(stem, kind, config, changed):
     name = '-'.join([kind, *parts])
     if len(name) > 180:
         name = f'{kind}-{short(name)}'
-    path = f'{writable(stem)}-{name}.json'
-    try_writing(path)
-    return path
+    return writable(f'{stem}-{name}.json')
 
 
 def short(value):

@@ -315,7 +315,8 @@ def train_missing(data, folder, seed):
     """Train tokenizer and teacher of the demo in `folder` if they are missing, or finish them if
     interrupted. data '' is what the one that is there was trained on, else the shapes world. Raises
     ValueError for other data, and where the tokenizer there is not the teacher's."""
-    tokenizer, made = saved_stage('tokenizer', data, folder), saved_stage('model', data, folder)
+    tokenizer = saved_stage('tokenizer', data, folder)
+    made = saved_stage('model', data, folder)
     if is_done(made):
         if tokenizer:
             present = dict(tokenizer=packed_digest(tokenizer))
@@ -333,8 +334,8 @@ def train_missing(data, folder, seed):
         settings = dict(data=data or 'shapes', seed=seed)
         if state:
             settings = {**state['config'], 'resume': True}
-        run_script(script, {**settings, 'out_dir': folder})
-        if not is_done(saved_stage(script, data, folder)):
+        stopped = run_script(script, {**settings, 'out_dir': folder})
+        if stopped or not is_done(saved_stage(script, data, folder)):
             raise ValueError(f'{script}.py did not finish (see above); the same command continues it')
 
 
@@ -347,8 +348,8 @@ def saved_stage(script, data, folder):
     state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True)
     made_for = state['config']['data']
     if data not in ('', made_for):
-        raise ValueError(f'{path} was trained on {printable(made_for)}, not on {data}; give each data set a folder of its own, '
-                         f'--out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
+        raise ValueError(f'{path} was trained on {printable(made_for)}, not on {data}; give each data set a folder '
+                         f'of its own, --out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
                          f'--teacher_ckpt={folder}/model.pt')
     return state
 
@@ -359,10 +360,10 @@ def is_done(state):
 
 def run_script(script, settings):
     """Run model.py or tokenizer.py as one process of its own, with the settings that are not its
-    defaults; a wish to stop is passed on, and it saves."""
+    defaults -> was there a wish to stop? It is passed on, and the script saves."""
     command = [sys.executable, os.path.join(HERE, f'{script}.py')]
     defaults = vars(sys.modules[script])
-    command += [f'--{key}={value}' for key, value in settings.items() if value != defaults[key]]
+    command += [f'--{key}={value}' for key, value in settings.items() if value != defaults.get(key)]
     single = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     child = subprocess.Popen(command, env=single)
     asked = []
@@ -374,8 +375,7 @@ def run_script(script, settings):
     child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if asked:
-        raise ValueError(f'{script}.py did not finish (see above); the same command continues it')
+    return bool(asked)
 
 
 # -----------------------------------------------------------------------------

@@ -89,8 +89,12 @@ def test_overrides_take_every_documented_form():
 
 def test_overrides_refuse_with_one_line():
     limits = dict(batch_size=1)
-    actions = {'with --teacher=maskgit': 'teacher_path', 'without --flag': 'note'}
-    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits, ACTIONS=actions)
+    uses = {'--teacher=maskgit': 'teacher_path', '--flag=false': 'note'}
+
+    def in_use(s):
+        return [f'--teacher={s.teacher}', f'--flag={s.flag}'.lower()]
+
+    g = settings(data='shapes', teacher='ours', teacher_path='', LIMITS=limits, USES=uses, in_use=in_use)
     cases = {
         '--batchsize=3': ('x.py', 'unknown setting --batchsize', 'did you mean --batch_size?'),
         '--SIZE=3': ('unknown setting',),
@@ -104,8 +108,8 @@ def test_overrides_refuse_with_one_line():
         '-lr 3': ('stray word',),
         '--batch_size=0': ('--batch_size=0', 'at least 1'),
         '--data=': ('--data= cannot be, expected a name',),
-        '--teacher_path=x.pt': ('x.py: --teacher_path has no effect here; give --teacher=maskgit',),
-        '--note=1 --flag': ('--note has no effect here; leave out --flag',)}
+        '--teacher_path=x.pt': ('x.py: --teacher_path has no effect here; it goes with --teacher=maskgit',),
+        '--note=1 --flag': ('--note has no effect here; it goes with --flag=false',)}
     for words, expected in cases.items():
         with exits_with(*expected):
             configure(dict(g), argv=words.split())
@@ -139,9 +143,8 @@ def test_limits_and_what_a_checkpoint_hands_on_are_settings_of_their_script():
             assert not wanted_instead(name, g[name], g['LIMITS'].get(name), g[name]), name
         for name in g.get('INHERITED', ()):
             assert type(g[name]) is type(vars(distill)[name]), (script.__name__, name)
-        for action, used in g.get('ACTIONS', {}).items():
-            chosen_by = [word.removeprefix('--').partition('=')[0] for word in action.split()[1:]]
-            assert {*used.split(), *chosen_by} <= set(names), (script.__name__, action)
+        for choice, used in g.get('USES', {}).items():
+            assert set(used.split()) <= set(names), (script.__name__, choice)
 
 
 PUBLISHED = '--teacher=maskgit --teacher_path=a --tokenizer_path=b'
@@ -161,8 +164,9 @@ def test_a_setting_without_effect_is_named_and_one_with_effect_taken():
         distill: ['--teacher_path=x', '--tokenizer_path=x', '--text_path=x', '--prompts=x', '--teacher_heads=2',
                   f'--prompts=x {PUBLISHED}', f'--teacher_ckpt=x {PUBLISHED}', f'--aux_momentum=.8 {PUBLISHED}',
                   '--schedule=cosine'],
-        gan: ['--relax=st --w_gan=0', '--beta=1 --w_dimo=0', '--aux_momentum=.9 --aux_muon=0'],
-        reward: ['--clip_path=x', '--pick_path=x --held_out=hps', '--bert_path=x --w_pick=1', '--cfg_scale=1 --w_dimo=0'],
+        gan: ['--relax=st --w_gan=0', '--disc_lr=1 --w_gan=0', '--beta=1 --w_dimo=0', '--aux_momentum=.9 --aux_muon=0'],
+        reward: ['--clip_path=x', '--pick_path=x --held_out=hps', '--bert_path=x --w_pick=1', '--cfg_scale=1 --w_dimo=0',
+                 '--reward_steps=3 --w_clip=0 --held_out=pick'],
         tteo: ['--hps_path=x', '--tokenizer_path=x'],
         model: ['--n_images=9 --data=/x']}
     used = {
@@ -194,9 +198,13 @@ def test_results_are_named_by_every_setting_that_differs_and_go_where_they_can_b
     assert f'{tmp_path}/x-metrics-seed=1-steps=8.json' in made and f'{tmp_path}/x-metrics.json' in made
     assert os.listdir(tmp_path) == []                  # it was only tried
     (tmp_path / 'file').touch()                        # root may write everywhere but below a file
-    with contextlib.chdir(tmp_path), capture() as text:
-        assert results_file('file/x', 'metrics', base, []) == 'out/file-x-metrics.json'
-    assert 'takes no files' in text.getvalue()
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    with capture() as text:
+        elsewhere = results_file('file/x', 'metrics', base, [])
+    os.chdir(before)
+    assert elsewhere == 'out/file-x-metrics.json'
+    assert 'it is written to out/file-x-metrics.json' in text.getvalue()
     for path in (f'{tmp_path}/file/x.png', tmp_path):
         with exits_with(f'cannot write {path}'):
             try_writing(path)
@@ -788,13 +796,13 @@ def test_precision_of_one_real_image_over_and_over_is_1_and_its_recall_0(tmp_pat
     captions = [str(k) for k in range(12)]
     np.savez(f'{tmp_path}/ref.npz', mu=np.zeros(3), sigma=np.eye(3), arr_0=pixels)
     reference = metrics.read_reference(f'{tmp_path}/ref.npz', network, CPU, 7)
-    row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5)
-    assert set(row) == {'FID@12', 'IS', 'precision', 'recall'}
-    assert row['precision'] == 1 and row['recall'] == 0
-    early = []
-    with mock.patch.object(metrics, 'precision_recall', side_effect=RuntimeError('out of memory')), capture() as text:
-        row = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5, early.append)
-    assert 'out of memory' in text.getvalue() and early == [row] and set(row) == {'FID@12', 'IS'}
+    row, features = metrics.inception_metrics(draw, loaded, captions, network, reference, 0, 5)
+    assert set(row) == {'FID@12', 'IS'}
+    assert metrics.late_metrics(reference.features, features) == dict(precision=1, recall=0)
+    for lack in (RuntimeError('out of memory'), MemoryError()):
+        with mock.patch.object(metrics, 'precision_recall', side_effect=lack), capture() as text:
+            assert metrics.late_metrics(reference.features, features) == {}
+        assert 'no precision and recall: ' in text.getvalue()
 
 
 def three_features(x):

@@ -60,6 +60,11 @@ TINY = {
     'reward.py': ['--steps=8', '--n_eval=20', '--n_reference=100', '--teacher_steps=2',
                   '--reward_steps=3', '--reward_batch=16', '--patience=9'],
 }
+IDLE = {                                       # which of these have no effect beside another setting
+    '--data=/': ['--n_images=256'],
+    '--w_clip=0': ['--reward_steps=3', '--reward_batch=16'],
+    '--w_gan=0': ['--disc_warmup=2', '--spectral'],
+}
 INPUTS = {                                     # what a script finds in its folder
     'tokenizer.py': [],
     'model.py': ['tokenizer.pt'],
@@ -110,8 +115,9 @@ def run(script, *arguments, processes=1, before=''):
     if script in TINY:
         command += TINY[script] + OFTEN
     command += [*settings, *arguments]
-    if any(word.startswith('--data=/') for word in command) and '--n_images=256' in command:
-        command.remove('--n_images=256')       # a folder is used whole
+    for switch, idle in IDLE.items():
+        if any(word.startswith(switch) for word in command):
+            command = [word for word in command if word not in idle]
     if processes == 1 and before != ON_GPU:
         return run_forked(command, before)
     return run_anew(command, processes, before)

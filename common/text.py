@@ -5,7 +5,6 @@ In order: the tower, read from any layout in which it is published; its word tok
 encoder, which joins them; prompts from a file. Only prompts do without the package `transformers`.
 """
 import csv
-import hashlib
 import json
 import mmap
 import operator
@@ -17,7 +16,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from common.files import check_all_finite, open_hub, printable
+from common.files import check_weights, file_digest, open_hub, printable
+from common.images import one_line
 from common.published import WEIGHT_FILES, fill, read_published, shape_of
 from common.run import is_rank0, rng_for
 
@@ -109,7 +109,7 @@ def tower_from_hub(path):
         missing = sorted(report['missing_keys'])           # these would stay random
         if missing:
             raise ValueError(f'it has no {missing[0]}')
-    check_all_finite(tower, path)
+    check_weights(tower, path)
     return tower.float()
 
 
@@ -472,15 +472,6 @@ def same_prompts(packed, before):
                          f'"{printable(before["first"][0], 60)}"; give that file with --prompts=...')
 
 
-def file_digest(path):
-    sha = hashlib.sha256()
-    size = os.path.getsize(path)
-    with open(path, 'rb') as file:
-        for _ in range(0, size, 1 << 20):
-            sha.update(file.read(1 << 20))
-    return sha.hexdigest()
-
-
 def line_begins(path, kind):
     """Where the lines with a prompt begin: int64 (number of prompts,). All are checked. Raises
     ValueError."""
@@ -537,10 +528,6 @@ def text_of_entry(entry):
     except UnicodeEncodeError:
         raise ValueError('not Unicode, it holds half of a character') from None
     return entry
-
-
-def one_line(text):
-    return ' '.join(text.split())
 
 
 def prompts_of_json(path):
