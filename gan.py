@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, save_grid, token_data
-from common.metrics import Reference, final_table, frechet_distance, render, toy_features
+from common.metrics import Reference, final_table, frechet_distance, in_short, render, toy_features
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
@@ -553,7 +553,7 @@ if __name__ == '__main__':
     log = Log(out, step) if run.rank == 0 else None
 
     # Choose what to show and to measure
-    reference = Reference.of(loaded, n_reference)
+    reference = Reference.of(loaded, folder, n_reference)
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
@@ -575,8 +575,7 @@ if __name__ == '__main__':
             if reference:
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
-                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+                bar.write(f'step {step}: {in_short(row)}')
             # Save
             state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
             state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())

@@ -24,8 +24,9 @@ import numpy as np
 from common.files import load_checkpoint, settings_of
 from common.benchmarks import is_whole, read_jobs, write_image, write_metadata
 from common.images import decode_images, open_data, save_grid, word_encoder, write_pngs
-from common.metrics import (NoReference, Reference, balanced_labels, inception_metrics, load_inception, render,
-                            show_table)
+from common.metrics import (NoReference, Reference, balanced_labels, in_short, inception_metrics, load_inception,
+                            render, show_table)
+from common.reader import load_reader
 from common.rewards import mean_scores, published_scores
 from common.run import configure, end_run, image_rngs, progress, start_run, timed, writing
 from common.teachers import load_teacher, unpack
@@ -235,7 +236,7 @@ def measure_toy():
     scores = published_scores(globals(), run.device)
     if loaded.data or data:
         source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
-        reference = Reference(source, n_reference)
+        reference = Reference(source, load_reader(source, os.path.dirname(stem)), n_reference)
         captions, real = reference.prompts(n_metrics)
     elif scores:
         reference, real, captions = NoReference(loaded), None, choose_captions(n_metrics)
@@ -257,7 +258,7 @@ def measure_toy():
         for title in scores:
             print(f'{title}: {entry[title]:.4f} (mean of {len(images)} images of {name})')
         if sweep:
-            print(f'{name}: toy FD {entry["toy_fd"]:.2f}, followed {entry["accuracy"]:.3f}', flush=True)
+            print(f'{name}: {in_short(entry)}', flush=True)
     show_table(entries)
     print(f'image seeds ({seed}, 0..{n_metrics - 1}), {n_steps} step(s), tau {tau * tau_sample:g}, weights {weights} of '
           f'training step {step}')

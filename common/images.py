@@ -19,6 +19,8 @@ more class with these members (and two lines in `open_data`):
                             training where something is
     training_examples(n)    indices of n images, to train a reward on
     test_examples(n)        indices of n images, whose captions are the prompts of a test
+    reader_examples(n)      indices of at most n images from which the reader of the metrics learns
+    facts(index)            -> what it must read of each, bool array (B, facts)
     reference_split(n)      -> indices of at most n images to measure against, indices of others,
                             what to call the first
 
@@ -67,6 +69,7 @@ UNKNOWN = '<unknown>'          # stands in the vocabulary of free captions for e
 RARE = 2                       # a word in fewer captions than this is outside
 MOST_WORDS = 32_000            # of these vocabularies; the ids must fit 16 bits
 LONGEST_CAPTION = 32           # words of a free caption that are read
+MOST_FACTS = 500               # words of them that the reader of the metrics learns to tell
 
 
 # -----------------------------------------------------------------------------
@@ -207,6 +210,16 @@ class Folder:
         """As `examples`, but always n: those of a small folder repeat."""
         return np.linspace(0, self.length - 1, n).astype(int)
 
+    def reader_examples(self, n):
+        """As `examples`: there are no others."""
+        return self.examples(n)
+
+    def facts(self, index):
+        """Of which class each image is."""
+        number = {word: k for k, word in enumerate(self.words)}
+        labels = [number[caption] for caption in self.captions(index)]
+        return np.eye(len(self.words), dtype=bool)[labels]
+
     def reference_split(self, n):
         """Two random halves of the folder, the first cut to n (the models were trained on both)."""
         order = np.random.RandomState(0).permutation(self.length)
@@ -307,6 +320,19 @@ class CaptionedFolder(Folder):
         if left_out:
             say(f'note: {len(left_out)} images in {self.data} are not listed and are left out, '
                 f'such as {left_out[0]}')
+
+    def facts(self, index):
+        """Which of the MOST_FACTS commonest words its caption has."""
+        count = Counter()
+        for path, caption in self.files:
+            count.update(set(known_words(caption, self.number, self.caption_length)))
+        count.pop(UNKNOWN, None)
+        common = sorted(count, key=lambda word: (-count[word], word))[:MOST_FACTS]
+        rows = []
+        for caption in self.captions(index):
+            words = set(plain_words(caption))
+            rows.append([word in words for word in common])
+        return np.array(rows, dtype=bool)
 
     def key(self):
         """Also the captions and how they are read."""

@@ -31,7 +31,7 @@ import reward
 import sample
 import tokenizer
 import tteo
-from common import metrics, rewards, world
+from common import metrics, power, reader, rewards, world
 from common.files import (load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
@@ -39,8 +39,8 @@ from common.run import (Muon, Stop, apply_gradients, configure, ema_update, make
                         micro_rng, out_folder, report_bench, report_error, setting_names,
                         split_batch, wanted_instead)
 from common.teachers import TOKENIZERS, TRANSFORMERS, load_teacher, same_tokens, train_missing
-from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
-                            must_refuse, must_run, near, picture_folder, printed, published,
+from common.testing import (FULL, HERE, SCRIPTS, UNTRAINED, capture, exits_with, golden, mini,
+                            mini_tokenizer, must_refuse, must_run, near, picture_folder, printed, published,
                             ready_for, rng, same, small_model, small_tokenizer, tiny_clip, tiny_run,
                             transformers_or_skip)
 from model import MDM, reveal_counts, sampling_plan
@@ -607,11 +607,134 @@ def test_frechet_distance_equals_scipys_and_its_closed_forms():
 def test_what_is_measured_is_held_out_and_apart_from_its_reference():
     source = open_data('shapes', 32)
     with mock.patch.object(source, 'batch', wraps=source.batch) as drawn:
-        metrics.Reference(source, 10).prompts(20)
+        metrics.Reference(source, UNTRAINED, 10).prompts(20)
     reference, measured = [{int(i) for i in call.args[0]} for call in drawn.call_args_list]
     assert len(reference) == 10 and len(measured) == 20
     assert min(reference | measured) >= world.HELD_OUT
     assert not reference & measured
+
+
+def test_a_distance_has_no_bias_and_an_honest_standard_error():
+    source = rng()
+
+    def drawn(n, mean, scale):
+        return mean + scale * torch.randn(n, 8, generator=source, dtype=torch.float64)
+    truth = 8 * (0.1 ** 2 + 0.2 ** 2)
+    for n, draws in ((100, 40), (1000, 20)):
+        plain, values, errors = [], [], []
+        for _ in range(draws):
+            x = drawn(n, 0.1, 1.2)
+            y = drawn(2 * n, 0, 1)
+            blocks = metrics.distance_by_block(x, y)
+            plain.append(metrics.frechet_distance(x, y))
+            values.append(blocks.mean())
+            errors.append(metrics.standard_error(blocks))
+        spread = np.std(values)
+        assert abs(np.mean(values) - truth) < 3 * spread / draws ** 0.5
+        assert 0.7 < np.mean(errors) / spread < 1.5, (np.mean(errors), spread)
+        if n == 100:
+            assert np.mean(plain) - truth > 10 * spread / draws ** 0.5     # what is taken off
+    few = metrics.distance_by_block(drawn(4, 0, 1), drawn(5, 0, 1))
+    assert len(few) == 4 and np.isfinite(few).all()
+    shares = metrics.share_by_block(np.arange(400) < 100)
+    assert len(shares) == 20 and np.allclose(shares, 0.25)
+
+
+def test_a_difference_below_two_standard_errors_is_a_tie():
+    noise = np.random.RandomState(0).standard_normal(20)
+    other = np.random.RandomState(1).standard_normal(20)
+
+    def row(name, values, passes=1):
+        keys = dict.fromkeys(metrics.MEASURES)
+        measured = {key: float(values.mean()) for key in keys}
+        error = {key: metrics.standard_error(values) for key in keys}
+        return dict(name=name, passes=passes, ms=0.0, n=10, reference='', error=error,
+                    blocks={key: values.tolist() for key in keys}, **measured)
+    base = row('a', 5 + noise)
+    near, far, paired = row('b', 5.3 + other), row('c', 7 + other), row('d', 5.3 + 1.01 * noise)
+    assert metrics.is_tie(base, base, 'reader') and metrics.is_tie(base, near, 'reader')
+    assert not metrics.is_tie(base, far, 'reader') and not metrics.is_tie(base, paired, 'reader')
+    fewer = row('e', 5.3 + other[:10])                     # of fewer blocks: not block by block
+    assert metrics.is_tie(base, fewer, 'reader')
+    text = printed(metrics.show_table, [base, near, far, paired])
+    assert 'ties in reader: a = b\n' in text and '±' in text
+    many = [base, near, far, paired, fewer, row('f', far['reader'] + noise), row('g', 3 + noise)]
+    assert 'ties in reader: none\n' in printed(metrics.show_table, many)  # g is best, alone
+    unknown = metrics.NoReference(None).measure([], [])
+    assert not metrics.is_tie(unknown, unknown, 'reader')
+
+
+def test_what_lies_where_is_what_the_checker_sees():
+    index = np.arange(200)
+    for data in world.WORLDS:
+        facts = open_data(data, 32).facts(index)
+        found = world.look(open_data(data, 32).batch(index)[0])
+        assert facts.shape == (200, 254) and facts.dtype == bool
+        objects = facts[:, :250].reshape(200, 5, 5, 10)
+        assert (facts[:, 250:].argmax(1) == found['background']).all()
+        seen = np.zeros_like(objects)
+        place = (found['image'], found['row'] // 4 - 2, found['column'] // 4 - 2)
+        seen[(*place, found['color'])] = True
+        seen[(*place, 4 + found['shape'])] = True
+        seen[(*place, 8 + found['size'])] = True
+        assert (seen == objects).all()
+
+
+def quick_reader(**constants):
+    """A reader is trained in a moment."""
+    recipe = dict(STEPS=3, N_IMAGES=200, BATCH=8)
+    recipe.update(constants)
+    return mock.patch.multiple(reader, **recipe)
+
+
+def test_the_reader_is_made_once_for_its_data_whatever_else_was_drawn(tmp_path):
+    source = open_data('shapes', 32)
+    with quick_reader():
+        torch.manual_seed(1)
+        drawn = torch.rand(2)
+        text = printed(reader.load_reader, source, f'{tmp_path}/a')
+        assert 'training the network that reads the images' in text
+        assert printed(reader.load_reader, source, f'{tmp_path}/a') == ''
+        torch.manual_seed(1)
+        with capture():
+            again = reader.load_reader(source, f'{tmp_path}/b')
+            assert torch.equal(drawn, torch.rand(2))       # the run draws as if there were no reader
+            other = reader.load_reader(open_data('shapes-open', 32), f'{tmp_path}/a')
+        one = reader.load_reader(source, f'{tmp_path}/a')
+        same(one.state_dict(), again.state_dict())
+        assert other.config != one.config and len(glob.glob(f'{tmp_path}/a/*.pt')) == 2
+        features = one.features(source.batch(source.reader_examples(200))[0])
+        assert features.dtype == torch.float64 and features.mean(0).abs().max() < 1e-6
+        near(torch.cov(features.T).diagonal()[-20:], torch.ones(20, dtype=torch.float64), 1e-6)
+        path = f'{tmp_path}/b/reader-{reader.key_of(source)}.pt'
+        save_checkpoint(path, dict(load_checkpoint(path), key='other', data='cats'))
+        with exits_with(path, 'of other images (cats)'):
+            reader.load_reader(source, f'{tmp_path}/b')
+        seen = source.reader_examples(20_000)
+        for index in (source.examples(99), source.test_examples(10 ** 5), *source.reference_split(50_000)[:2]):
+            assert index.max() < seen.min()
+    with quick_reader(STEPS=4):
+        assert reader.key_of(source) not in path           # another recipe, another file
+
+
+def test_the_reader_tells_spoilt_sets_from_clean_ones():
+    source = open_data('shapes', 32)
+    with mock.patch.multiple(reader, STEPS=300, N_IMAGES=8000):
+        net = reader.train_reader(source)
+    n = 2000
+    sets = power.spoilt_sets(power.FIRST, n, power.mix_pixels)
+    assert set(sets) == {'clean', 'an object mixed with another image', 'no red', 'an object of a third size',
+                         'one image again and again'}
+    clean = source.batch(np.arange(power.FIRST + 10 ** 6, power.FIRST + 10 ** 6 + n))[0]
+    wanted = source.batch(source.reference_split(4000)[0])[0]
+    table = power.separations(net.features, sets, clean, wanted)
+    print('    ' + ', '.join(f'{name} {errors:.1f}' for name, (_, _, errors) in table.items()))
+    changed = {name: (images != sets['clean']).flatten(1).any(1).sum() for name, images in sets.items()}
+    assert changed.pop('clean') == 0
+    assert all(0.09 * n < count <= 0.1 * n for count in changed.values()), changed
+    _, _, farther = table.pop('clean')
+    assert abs(farther) < 3
+    assert all(errors > 3 for _, _, errors in table.values())
 
 
 def test_precision_and_recall_of_known_sets():

@@ -199,6 +199,25 @@ def sprites(scale=1):
     return np.clip(0.5 - scale * distance, 0, 1).astype(np.float32)  # the edge is one pixel wide
 
 
+def facts(index, open_background=False):
+    """What lies where in the images at index (B,): bool (B, 25 places x 10 + 4). At each place, a
+    corner on a grid of 4 pixels, the colour, the shape and the size of the object, all False where
+    there is none; then the background."""
+    scenes = arrange(random_choices(np.asarray(index, dtype=np.int64)), open_background)
+    B = len(scenes.n)
+    first_shape = len(COLORS)
+    first_size = first_shape + len(SHAPES)
+    objects = np.zeros((B, 5, 5, first_size + len(RADII)), dtype=bool)
+    for k in range(4):
+        drawn = np.flatnonzero(scenes.n > k)           # images with a k-th object
+        row, column = scenes.corner[drawn, k].T // LONE_SHIFT
+        objects[drawn, row, column, scenes.color[drawn, k]] = True
+        objects[drawn, row, column, first_shape + scenes.shape[drawn, k]] = True
+        objects[drawn, row, column, first_size + scenes.size[drawn, k]] = True
+    background = np.arange(len(BACKGROUNDS)) == scenes.background[:, None]
+    return np.concatenate([objects.reshape(B, -1), background], 1)
+
+
 # -----------------------------------------------------------------------------
 # Captions
 
@@ -630,6 +649,14 @@ class Shapes:
     def test_examples(self, n):
         """Indices of n images that neither training nor the reference of the metrics has seen."""
         return HELD_OUT + 10 ** 6 + np.arange(n)
+
+    def reader_examples(self, n):
+        """Indices of n images that neither training nor any metric has seen."""
+        return HELD_OUT + 2 ** 30 + np.arange(n)
+
+    def facts(self, index):
+        """What the images at index (B,) show, bool (B, facts)."""
+        return facts(index, self.data == 'shapes-open')
 
     def reference_split(self, n):
         """Indices of n images that metrics compare with, of others, and the name of the former."""
