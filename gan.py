@@ -52,7 +52,7 @@ teacher_ckpt = ''      # another teacher of ours than the model.pt beside the ge
 resume = False         # continue from out_dir/gan.pt to the same bits
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+save_every = 200       # steps between checkpoints, sample grids and distances of 500 images
 n_eval = 2000          # images behind each row of the final table
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # GAN
@@ -398,7 +398,7 @@ def advice(row, first):
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
                   'raise --r_max, lower --w_gan if it oscillates, or try --relax=st while the entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
-        asked.add('the entropy has halved: compare the toy FD lines; if it does not fall, the generator only sharpens '
+        asked.add('the entropy has halved: compare the distances above; if they do not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')
     return asked
 

@@ -7,7 +7,7 @@ Image k depends on --seed and k only, so it is the same image whatever the batch
 $ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 3 --gumbel 4 --n 64 --png_dir out/png
-$ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
+$ python sample.py --ckpt out/distill.pt --metrics                             # distances, precision/recall, checker
 $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
 $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
@@ -68,7 +68,7 @@ metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
-inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
+inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of the distances
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
 clip_path = ''         # with --metrics, means of published rewards whose files are given: CLIP ViT-H/14, folder or hub id,
 hps_path = ''          # HPSv2.1 (and clip_path, for its words),

@@ -43,31 +43,23 @@ def some_of(scenes, rows):
     return SimpleNamespace(**{name: values[rows].copy() for name, values in vars(scenes).items()})
 
 
-def spoilt_sets(first, n, mix):
-    """n renders from index `first` on -> {name: images (n, 3, 32, 32)}: clean ones, and four times
-    the same with a tenth spoilt. mix(images, others, cells) mixes a cell of an image with the same
-    cell of another, by tokens or by pixels."""
+def spoilt_tenths(first, n, mix):
+    """n renders from index `first` on -> images (n, 3, 32, 32), and four ways to spoil a tenth of
+    them: {name: (rows, images in their place)}. mix(images, others, corners, rng) mixes a cell of
+    each image with the same cell of another, by tokens or by pixels."""
     rng = np.random.RandomState(first % 2 ** 31)
     scenes = scenes_at(np.arange(first, first + n))
     clean = paint(scenes, 1)
-    chosen = rng.choice(n, int(SHARE * n), replace=False)
-    object_of = pick_objects(scenes, chosen, rng)
-    corners = scenes.corner[chosen, object_of]         # (tenth, row and column)
-    others = paint(scenes_at(np.arange(first + n, first + n + len(chosen))), 1)
-
-    sets = {'clean': clean}
-    sets['an object mixed with another image'] = replaced(clean, chosen, mix(clean[chosen], others, corners, rng))
-    sets['no red'] = without_red(scenes, clean, rng)
-    sets['an object of a third size'] = replaced(clean, chosen, grown(some_of(scenes, chosen), object_of, corners))
-    sets['one image again and again'] = replaced(clean, chosen, clean[chosen[:1]].expand(len(chosen), -1, -1, -1))
-    return sets
-
-
-def replaced(images, rows, new):
-    """A copy of the images with others at some rows."""
-    images = images.clone()
-    images[rows] = new
-    return images
+    rows = rng.choice(n, int(SHARE * n), replace=False)
+    object_of = pick_objects(scenes, rows, rng)
+    corners = scenes.corner[rows, object_of]           # (tenth, row and column)
+    others = paint(scenes_at(np.arange(first + n, first + n + len(rows))), 1)
+    return clean, {
+        'an object mixed with another image': (rows, mix(clean[rows], others, corners, rng)),
+        'no red, another colour instead': without_red(scenes, rng),
+        'an object of a third size': (rows, grown(some_of(scenes, rows), object_of, corners)),
+        'one image, again and again': (rows, clean[rows[:1]].expand(len(rows), -1, -1, -1)),
+    }
 
 
 def pick_objects(scenes, rows, rng):
@@ -75,15 +67,15 @@ def pick_objects(scenes, rows, rng):
     return (rng.random_sample(len(rows)) * scenes.n[rows]).astype(int)
 
 
-def without_red(scenes, clean, rng):
-    """A tenth of the images, of those that show red, drawn in another colour instead."""
+def without_red(scenes, rng):
+    """A tenth of the scenes, of those that show red -> rows, images with other colours instead."""
     shown = np.arange(scenes.color.shape[1]) < scenes.n[:, None]
     red = (scenes.color == RED) & shown
-    chosen = rng.choice(np.flatnonzero(red.any(1)), int(SHARE * len(clean)), replace=False)
-    changed = some_of(scenes, chosen)
-    new = 1 + rng.randint(len(COLORS) - 1, size=(len(chosen), 1))
+    rows = rng.choice(np.flatnonzero(red.any(1)), int(SHARE * len(red)), replace=False)
+    changed = some_of(scenes, rows)
+    new = 1 + rng.randint(len(COLORS) - 1, size=(len(rows), 1))
     changed.color = np.where(changed.color == RED, new, changed.color)
-    return replaced(clean, chosen, paint(changed, 1))
+    return rows, paint(changed, 1)
 
 
 def grown(scenes, object_of, corners):
@@ -125,17 +117,28 @@ def token_mixer(tokenizer):
     return mix
 
 
-def separations(features, sets, clean, reference):
-    """How far features(images) put each set from the reference, and by how many standard errors
-    farther than `clean`, other clean images -> {name: (distance, its error, errors)}."""
+def separations(features, clean, spoilt, others, reference):
+    """What features(images) make of a clean set and its spoilt tenths -> {name: (distance from the
+    reference, its standard error, by how many standard errors it is farther than the clean set, than
+    `others`, a clean set of other images)}."""
     wanted = features(reference)
-    base = distance_by_block(features(clean), wanted)
-    table = {}
-    for name, images in sets.items():
-        values = distance_by_block(features(images), wanted)
-        farther = values - base
-        table[name] = values.mean(), standard_error(values), farther.mean() / standard_error(farther)
+    own = features(clean)
+    base = distance_by_block(own, wanted)
+    rival = distance_by_block(features(others), wanted)
+    table = {'nothing': (base.mean(), standard_error(base), 0.0, errors_apart(base, rival))}
+    for name, (rows, images) in spoilt.items():
+        changed = own.clone()
+        changed[rows] = features(images)
+        values = distance_by_block(changed, wanted)
+        table[name] = (values.mean(), standard_error(values), errors_apart(values, base),
+                       errors_apart(values, rival))
     return table
+
+
+def errors_apart(values, others):
+    """The difference of two distances by block, in its standard errors."""
+    difference = values - others
+    return difference.mean() / standard_error(difference)
 
 
 # -----------------------------------------------------------------------------
@@ -149,21 +152,23 @@ if __name__ == '__main__':
     reader = load_reader(source, out_dir)
 
     # Draw the sets
-    sets = spoilt_sets(FIRST, n, token_mixer(tokenizer))
-    clean = source.batch(np.arange(FIRST + 10 ** 6, FIRST + 10 ** 6 + n))[0]
-    some = clean[:int(SHARE * n)]
-    rebuilt = decode_images(tokenizer, encode_images(tokenizer, some), [''] * len(some))
-    sets['decoded from its own tokens'] = replaced(clean, np.arange(len(some)), rebuilt)
+    clean, spoilt = spoilt_tenths(FIRST, n, token_mixer(tokenizer))
+    rows = np.arange(int(SHARE * n))
+    tokens = encode_images(tokenizer, clean[rows])
+    spoilt['decoded from its own tokens'] = rows, decode_images(tokenizer, tokens, [''] * len(rows))
+    others = source.batch(np.arange(FIRST + 10 ** 6, FIRST + 10 ** 6 + n))[0]
     reference = source.batch(source.reference_split(n_reference)[0])[0]
 
     # Print the table
-    tables = [separations(eyes, sets, clean, reference) for eyes in (reader.features, toy_features)]
-    print(f'{n} images, a tenth of them spoilt, against {n_reference} renders; errors: by how many standard errors '
-          'the set is farther than other clean images')
-    print(f'{"a tenth is ...":38s}{"reader":>16s}  errors{"toy FD":>16s}  errors')
-    for name in sets:
+    tables = []
+    for features in (reader.features, toy_features):
+        tables.append(separations(features, clean, spoilt, others, reference))
+    print(f'{n} real images, a tenth of them spoilt, against {n_reference} renders. Farther by so many standard errors '
+          'than the same images unspoilt / than other real images')
+    print(f'{"what is spoilt":38s}{"reader":>16s}{"farther by":>14s}{"toy FD":>18s}{"farther by":>14s}')
+    for name in tables[0]:
         line = f'{name:38s}'
         for table in tables:
-            distance, error, errors = table[name]
-            line += f'{f"{distance:.3f} ±{error:.3f}":>16s}{errors:8.1f}'
+            distance, error, apart, rival = table[name]
+            line += f'{f"{distance:.3f} ±{error:.3f}":>16s}{f"{apart:.1f} / {rival:.1f}":>14s}  '
         print(line)

@@ -24,11 +24,12 @@ from common.run import cosine_law, is_rank0, meet, progress, rng_for
 # The recipe. It is fixed, so that numbers of different runs can be compared.
 SIDE = 32                  # pixels a side that it looks at
 CHANNELS = 16              # of its first layer
-WIDTH = 64                 # features
+WIDTH = 48                 # features
+FOR_WHOLE = 8              # of them, that tell whether an image is whole; the others tell the facts
 N_IMAGES = 20_000          # images that it learns from, at most
-STEPS = 800                # updates
+STEPS = 1000               # updates
 BATCH = 64                 # images an update, and half as many broken ones
-RATE = 2e-3                # peak learning rate of Adam
+RATE = 4e-3                # peak learning rate of Adam
 RAREST = 5                 # facts that fewer images show, or do not show, are not learned
 NOISE = 0.05               # largest standard deviation of noise on the pixels: what small, it must not see
 SEED = 0
@@ -36,7 +37,7 @@ SEED = 0
 # What counts as broken
 CELL = 4                   # pixels a side of the pieces that are pasted from another image
 MOST_PASTED = 0.5          # largest share of them
-ZOOM = (0.7, 1.4)          # range of the enlargement
+ZOOM = (1.15, 1.4)         # range of the enlargement, or of its inverse
 W_WHOLE = 10.0             # weight of telling whole images from broken ones, beside the sum over all facts
 VISIBLE = 0.2              # largest change of a pixel, of 2, from which on an image is broken
 
@@ -58,12 +59,14 @@ class Reader(nn.Module):
             nn.Conv2d(2 * C, 2 * C, 3, 2, 1), nn.ReLU(),       # (B, 2 C, 4, 4)
             nn.Flatten(),
             nn.Linear(2 * C * 16, WIDTH))
-        self.head = nn.Linear(WIDTH, n_facts + 1)
+        self.facts = nn.Linear(WIDTH - FOR_WHOLE, n_facts)
+        self.whole = nn.Linear(FOR_WHOLE, 1)
         self.register_buffer('mean', torch.zeros(WIDTH, dtype=torch.float64))
         self.register_buffer('scale', torch.eye(WIDTH, dtype=torch.float64))
 
     def forward(self, images):
-        return self.head(self.body(small(images)))
+        h = self.body(small(images))
+        return torch.cat([self.facts(h[:, FOR_WHOLE:]), self.whole(h[:, :FOR_WHOLE])], 1)
 
     @torch.no_grad()
     def raw_features(self, images):
@@ -80,8 +83,8 @@ class Reader(nn.Module):
         raw = self.raw_features(images)
         self.mean = raw.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(raw.T))
-        values = values.clamp(min=1e-6 * values.max())
-        self.scale = vectors / values.sqrt()
+        values = values.clamp(min=1e-3 * values.max())
+        self.scale = vectors / values.sqrt()                    # one direction a column
 
 
 def new_reader(n_facts):
@@ -115,30 +118,56 @@ def examples(source):
 
 def broken(images, rng):
     """Images (B, 3, SIDE, SIDE) -> the same broken: half of them with pieces of the image before
-    pasted in, half of them enlarged or made smaller around some point."""
+    pasted in, half of them with one thing enlarged or made smaller."""
     B = len(images)
     grid = SIDE // CELL
     share = MOST_PASTED * torch.rand(B, 1, 1, 1, generator=rng)
     pasted = torch.rand(B, 1, grid, grid, generator=rng) < share
     pasted = pasted.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
     mixed = torch.where(pasted, images.roll(1, 0), images)
+
     least, most = ZOOM
-    factor = least + (most - least) * torch.rand(B, generator=rng)
-    centre = 2 * torch.rand(B, 2, generator=rng) - 1
-    zoomed = zoom(images, factor, centre)
+    factor = least * (most / least) ** torch.rand(B, generator=rng)
+    smaller = torch.rand(B, generator=rng) < 0.5
+    factor = torch.where(smaller, 1 / factor, factor)
+    centre = centre_of_a_thing(images, rng)
+    mode = ('bilinear', 'nearest')[int(torch.randint(2, (), generator=rng))]
+    zoomed = torch.where(window(centre), zoom(images, factor, centre, mode), images)
     other = torch.rand(B, 1, 1, 1, generator=rng) < 0.5
     return torch.where(other, zoomed, mixed)
 
 
-def zoom(images, factor, centre):
-    """Images (B, 3, H, W) enlarged by factor (B,) around the points `centre` (B, 2), which have
-    coordinates from -1 to 1; the border is repeated."""
+def centre_of_a_thing(images, rng):
+    """Centres (B, 2), x and y from -1 to 1, of windows half as wide as the images in which something
+    stands whole: there are edges inside, few at the border. A random one of these."""
+    side = SIDE // 2
+    edges = F.pad((images[:, :, 1:] - images[:, :, :-1]).abs(), (0, 0, 0, 1))
+    edges = edges + F.pad((images[..., 1:] - images[..., :-1]).abs(), (0, 1))
+    weights = torch.full((1, 1, side, side), -5.0)
+    weights[:, :, 1:-1, 1:-1] = 1
+    score = F.conv2d(edges.sum(1, keepdim=True), weights, stride=CELL).flatten(1)   # (B, places)
+    best = (score * torch.rand(score.shape, generator=rng)).argmax(1)
+    places = side // CELL + 1                          # in a row, and in a column
+    corner = torch.stack([best % places, best // places], 1)
+    return corner * CELL / side - 0.5
+
+
+def window(centre):
+    """Pixels of the window, half as wide as the image, around each of the points `centre` (B, 2),
+    x and y from -1 to 1 -> bool (B, 1, SIDE, SIDE)."""
+    places = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
+    inside = (places - centre[:, :, None]).abs() < 0.5         # (B, x and y, SIDE)
+    return inside[:, None, 1, :, None] & inside[:, None, 0, None, :]
+
+
+def zoom(images, factor, centre, mode):
+    """Images (B, 3, H, W) enlarged by factor (B,) around the points `centre` (B, 2)."""
     turn = torch.zeros(len(images), 2, 3)
     turn[:, 0, 0] = 1 / factor
     turn[:, 1, 1] = 1 / factor
     turn[:, :, 2] = centre * (1 - 1 / factor)[:, None]
     grid = F.affine_grid(turn, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode='border', align_corners=False)
+    return F.grid_sample(images, grid, mode, padding_mode='border', align_corners=False)
 
 
 def reading_loss(net, images, facts, rng):
@@ -187,8 +216,9 @@ def train_reader(source):
 def key_of(source):
     """A digest of the images and of the recipe: a reader of other images, or made otherwise, is
     never used."""
-    recipe = [SIDE, CHANNELS, WIDTH, N_IMAGES, STEPS, BATCH, RATE, RAREST, NOISE, SEED, CELL,
-              MOST_PASTED, ZOOM, W_WHOLE, VISIBLE]
+    recipe = [SIDE, CHANNELS, WIDTH, FOR_WHOLE, N_IMAGES, STEPS, BATCH, RATE, RAREST, NOISE, SEED, CELL,
+              MOST_PASTED, ZOOM, W_WHOLE,
+              VISIBLE]
     text = json.dumps([*source.key(), recipe])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

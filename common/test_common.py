@@ -669,15 +669,13 @@ def test_what_lies_where_is_what_the_checker_sees():
     for data in world.WORLDS:
         facts = open_data(data, 32).facts(index)
         found = world.look(open_data(data, 32).batch(index)[0])
-        assert facts.shape == (200, 254) and facts.dtype == bool
-        objects = facts[:, :250].reshape(200, 5, 5, 10)
-        assert (facts[:, 250:].argmax(1) == found['background']).all()
-        seen = np.zeros_like(objects)
-        place = (found['image'], found['row'] // 4 - 2, found['column'] // 4 - 2)
-        seen[(*place, found['color'])] = True
-        seen[(*place, 4 + found['shape'])] = True
-        seen[(*place, 8 + found['size'])] = True
-        assert (seen == objects).all()
+        assert facts.shape == (200, 61) and facts.dtype == bool
+        assert (facts[:, 57:].argmax(1) == found['background']).all()
+        places = np.zeros((200, 5, 5), dtype=bool)
+        places[found['image'], found['row'] // 4 - 2, found['column'] // 4 - 2] = True
+        kinds = np.zeros((200, 4, 4, 2), dtype=bool)
+        kinds[found['image'], found['color'], found['shape'], found['size']] = True
+        assert (np.concatenate([places.reshape(200, 25), kinds.reshape(200, 32)], 1) == facts[:, :57]).all()
 
 
 def quick_reader(**constants):
@@ -719,22 +717,21 @@ def test_the_reader_is_made_once_for_its_data_whatever_else_was_drawn(tmp_path):
 
 def test_the_reader_tells_spoilt_sets_from_clean_ones():
     source = open_data('shapes', 32)
-    with mock.patch.multiple(reader, STEPS=300, N_IMAGES=8000):
+    with mock.patch.multiple(reader, STEPS=400, N_IMAGES=8000):
         net = reader.train_reader(source)
-    n = 2000
-    sets = power.spoilt_sets(power.FIRST, n, power.mix_pixels)
-    assert set(sets) == {'clean', 'an object mixed with another image', 'no red', 'an object of a third size',
-                         'one image again and again'}
-    clean = source.batch(np.arange(power.FIRST + 10 ** 6, power.FIRST + 10 ** 6 + n))[0]
-    wanted = source.batch(source.reference_split(4000)[0])[0]
-    table = power.separations(net.features, sets, clean, wanted)
-    print('    ' + ', '.join(f'{name} {errors:.1f}' for name, (_, _, errors) in table.items()))
-    changed = {name: (images != sets['clean']).flatten(1).any(1).sum() for name, images in sets.items()}
-    assert changed.pop('clean') == 0
-    assert all(0.09 * n < count <= 0.1 * n for count in changed.values()), changed
-    _, _, farther = table.pop('clean')
-    assert abs(farther) < 3
-    assert all(errors > 3 for _, _, errors in table.values())
+    n = 3000
+    clean, spoilt = power.spoilt_tenths(power.FIRST, n, power.mix_pixels)
+    assert len(spoilt) == 4
+    for rows, images in spoilt.values():
+        changed = (images != clean[rows]).flatten(1).any(1)
+        assert len(rows) == len(set(rows)) == n // 10 and changed.double().mean() > 0.9
+    others = source.batch(np.arange(power.FIRST + 10 ** 6, power.FIRST + 10 ** 6 + n))[0]
+    wanted = source.batch(source.reference_split(6000)[0])[0]
+    table = power.separations(net.features, clean, spoilt, others, wanted)
+    print('    ' + ', '.join(f'{name} {apart:.1f} / {rival:.1f}' for name, (_, _, apart, rival) in table.items()))
+    distance, error, _, rival = table.pop('nothing')
+    assert abs(distance) < 3 * error and abs(rival) < 3
+    assert all(apart > 3 for _, _, apart, _ in table.values())
 
 
 def test_precision_and_recall_of_known_sets():

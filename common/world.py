@@ -200,22 +200,20 @@ def sprites(scale=1):
 
 
 def facts(index, open_background=False):
-    """What lies where in the images at index (B,): bool (B, 25 places x 10 + 4). At each place, a
-    corner on a grid of 4 pixels, the colour, the shape and the size of the object, all False where
-    there is none; then the background."""
+    """What the images at index (B,) show: bool (B, 25 + 32 + 4). At which places objects lie, on a
+    grid of LONE_SHIFT pixels; which kinds of objects there are, of a colour, a shape and a size; the
+    background."""
     scenes = arrange(random_choices(np.asarray(index, dtype=np.int64)), open_background)
     B = len(scenes.n)
-    first_shape = len(COLORS)
-    first_size = first_shape + len(SHAPES)
-    objects = np.zeros((B, 5, 5, first_size + len(RADII)), dtype=bool)
+    places = np.zeros((B, 5, 5), dtype=bool)
+    kinds = np.zeros((B, len(COLORS), len(SHAPES), len(RADII)), dtype=bool)
     for k in range(4):
         drawn = np.flatnonzero(scenes.n > k)           # images with a k-th object
         row, column = scenes.corner[drawn, k].T // LONE_SHIFT
-        objects[drawn, row, column, scenes.color[drawn, k]] = True
-        objects[drawn, row, column, first_shape + scenes.shape[drawn, k]] = True
-        objects[drawn, row, column, first_size + scenes.size[drawn, k]] = True
+        places[drawn, row, column] = True
+        kinds[drawn, scenes.color[drawn, k], scenes.shape[drawn, k], scenes.size[drawn, k]] = True
     background = np.arange(len(BACKGROUNDS)) == scenes.background[:, None]
-    return np.concatenate([objects.reshape(B, -1), background], 1)
+    return np.concatenate([places.reshape(B, -1), kinds.reshape(B, -1), background], 1)
 
 
 # -----------------------------------------------------------------------------
