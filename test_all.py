@@ -1404,7 +1404,8 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     must_run(f'reward.py --out_dir={folder} --steps=2')       # these two have no --data
     must_run(f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1')
     row = table_of(f'{folder}/distill.json')[0]
-    assert row['reference'] == f'20 images of {data} (real images: 20 others)'
+    assert row['reference'] == (f'20 images of {data} (real images: 20 others; models and reader were '
+                                'trained on both)')
     ask = f'sample.py --ckpt={folder}/distill.pt --n=2'
     for label in ('zero', '1'):                # the classes are 0 one, 1 zero
         must_run(f'{ask} --label={label} --png_dir={tmp_path}/{label}')

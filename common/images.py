@@ -225,7 +225,8 @@ class Folder:
         order = np.random.RandomState(0).permutation(self.length)
         reference = order[::2][:n]
         others = order[1::2]
-        name = f'{len(reference)} images of {self.data} (real images: {len(others)} others)'
+        name = (f'{len(reference)} images of {self.data} (real images: {len(others)} others; '
+                'models and reader were trained on both)')
         return reference, others, name
 
     def wrong_caption(self, caption, u):

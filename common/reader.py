@@ -31,7 +31,7 @@ STEPS = 1000               # updates
 BATCH = 64                 # images an update, and half as many broken ones
 RATE = 4e-3                # peak learning rate of Adam
 RAREST = 5                 # facts that fewer images show, or do not show, are not learned
-NOISE = 0.05               # largest standard deviation of noise on the pixels: what small, it must not see
+NOISE = 0.05               # largest standard deviation of noise on its pixels, so that it overlooks what is faint
 SEED = 0
 
 # What counts as broken
@@ -106,14 +106,16 @@ def examples(source):
     """What it learns from: images (n, 3, SIDE, SIDE), facts float (n, F), those that can be learned."""
     index = source.reader_examples(N_IMAGES)
     images = []
-    read = []
+    bad = []                                           # unreadable files: another image is in their place
     for part in np.array_split(index, math.ceil(len(index) / 500)):
-        images.append(small(source.batch(part)[0]))
-        read += [not source.is_bad(i) for i in part]           # in its place is another image
-    facts = source.facts(index)[read]                          # (n, all facts) bool
+        read = small(source.batch(part)[0])
+        is_bad = torch.tensor([source.is_bad(i) for i in part])
+        images.append(read[~is_bad])
+        bad.append(is_bad)
+    facts = source.facts(index)[~torch.cat(bad).numpy()]       # (n, all facts) bool
     count = facts.sum(0)
     learned = (count >= RAREST) & (count <= len(facts) - RAREST)
-    return torch.cat(images)[read], torch.from_numpy(facts[:, learned]).float()
+    return torch.cat(images), torch.from_numpy(facts[:, learned]).float()
 
 
 def broken(images, rng):
