@@ -377,12 +377,12 @@ def show_table(entries):
     """Print rows of measurements with their standard errors, ties, image counts and reference, then
     what else they hold."""
     print()
-    print(' ' * NAME_WIDTH + 'passes  ms/image  images        reader          toy FD      precision'
+    print(' ' * NAME_WIDTH + 'passes  ms/image  images           reader          toy FD      precision'
           '         recall       followed')
     for entry in entries:
         line = entry['name'].ljust(NAME_WIDTH)
         line += f'{entry["passes"]:6d}{entry["ms"]:10.2f}{entry["n"]:8d}'
-        line += f'{with_error(entry, "reader", 3):>14s}{with_error(entry, "toy_fd", 2):>16s}'
+        line += f'{with_error(entry, "reader", 3):>17s}{with_error(entry, "toy_fd", 2):>16s}'
         for key in ('precision', 'recall', 'accuracy'):
             line += f'{with_error(entry, key, 3):>15s}'
         print(line)
