@@ -21,7 +21,7 @@ import torch
 
 from common.files import (claim, load_resumed, optimizer_states, restore, restore_optimizers,
                           resumes, save_checkpoint)
-from common.metrics import Reference, final_table, render
+from common.metrics import Reference, final_table, in_short, render
 from common.pictures import save_grid
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, meet, micro_rng, millions, out_folder, progress,
@@ -48,7 +48,7 @@ resume = False         # continue from out_dir/distill.pt to the same bits
 overwrite = False      # a distill.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+save_every = 200       # steps between checkpoints, sample grids and distances of 500 images
 n_eval = 2000          # images behind each row of the final table
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # Di[M]O
@@ -292,7 +292,7 @@ if __name__ == '__main__':
     log = Log(out, step) if run.rank == 0 else None
 
     # Choose what to show and to measure
-    reference = Reference.of(loaded, n_reference)      # None: published teachers may have no data
+    reference = Reference.of(loaded, folder, n_reference)  # None: published teachers may have no data
     shown = reference.prompts(32)[0][:16] if reference else loaded.examples(16)
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
@@ -309,8 +309,7 @@ if __name__ == '__main__':
             if reference:
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
-                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+                bar.write(f'step {step}: {in_short(row)}')
             # Save
             state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
             state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())

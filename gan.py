@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, token_data
-from common.metrics import Reference, final_table, frechet_distance, render, toy_features
+from common.metrics import Reference, final_table, frechet_distance, in_short, render, toy_features
 from common.pictures import save_grid
 from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
@@ -54,7 +54,7 @@ resume = False         # continue from out_dir/gan.pt to the same bits
 overwrite = False      # a gan.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 50         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and toy FD of 500 images
+save_every = 200       # steps between checkpoints, sample grids and distances of 500 images
 n_eval = 2000          # images behind each row of the final table
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # GAN
@@ -413,7 +413,7 @@ def advice(row, first):
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
                   'raise --r_max, lower --w_gan if it oscillates, or try --relax=st while the entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
-        asked.add('the entropy has halved: compare the toy FD lines; if it does not fall, the generator only sharpens '
+        asked.add('the entropy has halved: compare the distances above; if they do not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')
     return asked
 
@@ -584,7 +584,7 @@ if __name__ == '__main__':
     log = Log(out, step) if run.rank == 0 else None
 
     # Choose what to show and to measure
-    reference = Reference.of(loaded, n_reference)
+    reference = Reference.of(loaded, folder, n_reference)
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
@@ -606,8 +606,7 @@ if __name__ == '__main__':
             if reference:
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
-                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+                bar.write(f'step {step}: {in_short(row)}')
             # Save
             state = dict(loaded.pack(), stage=stage, step=step, config=config, smooth=smooth)
             state.update(net=nets.generator.state_dict(), ema=nets.generator_ema.state_dict())

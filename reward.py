@@ -22,7 +22,7 @@ import torch
 
 from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
-from common.metrics import final_table, render
+from common.metrics import final_table, in_short, render
 from common.pictures import save_grid
 from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards, published_in_use,
                             reward_sum)
@@ -387,7 +387,7 @@ if __name__ == '__main__':
     log = Log(out, step) if run.rank == 0 else None
 
     # Choose what to show and to measure
-    reference = Judged.of(loaded, n_reference)
+    reference = Judged.of(loaded, folder, n_reference)
     shown = reference.prompts(32)[0][:16]
     most = min(teacher_steps, nets.teacher.N)
     one_pass = student_sampler(nets.generator_ema, r_init, sigma_init, tau_sample)
@@ -405,8 +405,7 @@ if __name__ == '__main__':
             if not is_measured(history, step) and (step % save_every == 0 or step >= steps):
                 captions, _ = reference.prompts(min(500, n_eval))
                 row = reference.measure(render(one_pass, loaded, captions, seed)[0], captions)
-                bar.write(f'step {step}: toy FD {row["toy_fd"]:.2f}, prompt followed '
-                          f'{row["accuracy"]:.3f} ({row["n"]} images)')
+                bar.write(f'step {step}: {in_short(row)}')
                 # Keep the best by held-out reward
                 if not history or not patience or row['held_out'] > max(h['held_out'] for h in history):
                     best = {key: value.clone() for key, value in nets.generator_ema.state_dict().items()}

@@ -7,7 +7,7 @@ Image k depends on --seed and k only, so it is the same image whatever the batch
 $ python sample.py --ckpt out/distill.pt                                       # 32 captions of the data -> grid
 $ python sample.py --ckpt out/distill.pt --prompt "a red circle left of a blue square" --n 16
 $ python sample.py --ckpt out/model.pt --steps 16 --cfg_scale 3 --gumbel 4 --n 64 --png_dir out/png
-$ python sample.py --ckpt out/distill.pt --metrics                             # toy FD, precision/recall, checker
+$ python sample.py --ckpt out/distill.pt --metrics                             # distances, precision/recall, checker
 $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --label=207
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
 $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
@@ -28,9 +28,10 @@ from common.benchmarks import check_new, draw_folder, pack_folder, plain_jobs, r
 from common.files import load_checkpoint, settings_of
 from common.folders import is_image
 from common.images import open_data, word_encoder
-from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, inception_metrics,
-                            late_metrics, load_inception, read_reference, render, show_table)
+from common.metrics import (NoReference, Reference, balanced_labels, folder_moments, folder_pixels, in_short,
+                            inception_metrics, late_metrics, load_inception, read_reference, render, show_table)
 from common.pictures import save_grid
+from common.reader import load_reader
 from common.rewards import mean_scores, published_scores
 from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
                         writing)
@@ -74,7 +75,7 @@ metrics = False        # measure n_metrics images instead of drawing a grid
 n_metrics = 2000       # images behind each number
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 data = ''              # reference of the metrics: '' = what the checkpoint was trained on, or a folder
-inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of toy FD
+inception = ''         # with --metrics: the file inception-2015-12-05.pt gives FID and IS instead of the distances
 inception_sha256 = ''  # run it only if this is its digest, which is printed before
 ref = ''               # its reference, the npz of the ADM suite: mu, sigma, and arr_0 (images) for precision/recall
 ref_from = ''          # make that npz from this folder of images and stop
@@ -355,7 +356,7 @@ def measure_toy():
     scores = published_scores(globals(), run.device)
     if loaded.data or data:
         source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
-        reference = Reference(source, n_reference)
+        reference = Reference(source, load_reader(source, os.path.dirname(stem)), n_reference)
         captions, real = reference.prompts(n_metrics)
     elif scores:
         reference, real, captions = NoReference(loaded), None, choose_captions(n_metrics)
@@ -377,7 +378,7 @@ def measure_toy():
         for title in scores:
             print(f'{title}: {entry[title]:.4f} (mean of {len(images)} images of {name})')
         if sweep:
-            print(f'{name}: toy FD {entry["toy_fd"]:.2f}, followed {entry["accuracy"]:.3f}', flush=True)
+            print(f'{name}: {in_short(entry)}', flush=True)
     show_table(entries)
     print(f'image seeds ({seed}, 0..{n_metrics - 1}), {n_steps} step(s), tau {tau * tau_sample:g}, weights {weights} of '
           f'training step {step}')

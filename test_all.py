@@ -33,7 +33,7 @@ from unittest import SkipTest, mock
 import numpy as np
 import scipy.stats
 
-from common.testing import (HERE, KILL, ON_GPU, PRECISION, SCRIPTS, TRACED, capture, collected,
+from common.testing import (HERE, KILL, ON_GPU, PRECISION, SCRIPTS, TRACED, UNTRAINED, capture, collected,
                             exits_with, layouts, mini, mini_tokenizer, must_refuse, must_run, near,
                             network_of, published, ready_for, rng, run, run_tests, same,
                             small_model, small_tokenizer, tiny_run)
@@ -1417,11 +1417,11 @@ def test_what_is_drawn_is_the_one_step_generator_with_the_settings_of_its_run(tm
 def test_a_sweep_measures_sixteen_settings_and_prints_sample_count_seeds_and_reference(tmp_path):
     folder = ready_for('distill.py', tmp_path)
     text = must_run(f'sample.py --ckpt={folder}/model.pt --sweep --steps=2 --n_metrics=30 --n_reference=600')
-    for words in ('30 images per row', '600 held-out renders', 'seeds (0, 0..29)', *TASKS):
+    for words in ('600 held-out renders', 'seeds (0, 0..29)', 'ties in reader', *TASKS):
         assert words in text
     rows = table_of(f'{folder}/model-sweep-n_metrics=30-n_reference=600-steps=2.json')
     assert len({row['name'] for row in rows} - {'real images'}) == 16
-    assert all(row['toy_fd'] > 0 for row in rows), rows
+    assert all(row['n'] == 30 and row['toy_fd'] > 0 and row['error']['reader'] > 0 for row in rows), rows
 
 
 # -----------------------------------------------------------------------------
@@ -1439,7 +1439,7 @@ def grey_classes(root):
 def test_folder_goes_through_the_whole_pipeline(tmp_path):
     data = grey_classes(f'{tmp_path}/data')
     folder = f'{tmp_path}/out'
-    judge = Reference(open_data(data, 32))
+    judge = Reference(open_data(data, 32), UNTRAINED)
     captions, images = judge.prompts(20)
     assert judge.measure(images, captions)['accuracy'] > 0.8  # real ones get their own class
     for script in ('tokenizer.py', 'model.py', 'distill.py', 'gan.py'):
@@ -1447,7 +1447,8 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
     must_run(f'reward.py --out_dir={folder} --steps=2')
     must_run(f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1')
     row = table_of(f'{folder}/distill.json')[0]
-    assert row['reference'] == f'20 images of {data} (real images: 20 others)'
+    assert row['reference'] == (f'20 images of {data} (real images: 20 others; models and reader were '
+                                'trained on both)')
     ask = f'sample.py --ckpt={folder}/distill.pt --n=2'
     for label in ('zero', '1'):                # the classes are 0 one, 1 zero
         text = must_run(f'{ask} --label={label} --png_dir={tmp_path}/{label}')
@@ -1919,9 +1920,9 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
 # The repository
 
 PACKAGES = {'torch', 'numpy', 'tqdm', 'PIL', 'scipy', *sys.stdlib_module_names}
-HELPERS = ['run', 'world', 'files', 'published', 'folders', 'images', 'pictures', 'metrics', 'text', 'rewards']   # in the order of imports
+HELPERS = ['run', 'world', 'files', 'published', 'folders', 'images', 'pictures', 'reader', 'metrics', 'text', 'rewards']
 KNOW_THE_METHOD = ['teachers', 'maskgen', 'meissonic']
-FOR_TESTS = ['testing', 'rehearsal', 'test_common', 'test_data', 'test_text']
+FOR_TESTS = ['testing', 'rehearsal', 'power', 'test_common', 'test_data', 'test_text']
 GUARD = 'main guard'
 
 

@@ -21,6 +21,8 @@ more class with these members (and two lines in `open_data`):
                             training where something is
     training_examples(n)    indices of n images, to train a reward on
     test_examples(n)        indices of n images, whose captions are the prompts of a test
+    reader_examples(n)      indices of at most n images from which the reader of the metrics learns
+    facts(index)            -> what it must read of each, bool array (B, facts)
     reference_split(n)      -> indices of at most n images to measure against, indices of others,
                             what to call the first
 
@@ -91,6 +93,7 @@ UNKNOWN = '<unknown>'          # stands in the vocabulary of free captions for e
 RARE = 2                       # a word in fewer captions than this is outside
 MOST_WORDS = 32_000            # of these vocabularies; the ids must fit 16 bits
 LONGEST_CAPTION = 32           # words of a free caption that are read
+MOST_FACTS = 500               # words of them that the reader of the metrics learns to tell
 
 
 # -----------------------------------------------------------------------------
@@ -312,6 +315,16 @@ class Folder:
         """As `examples`, but always n: those of a small folder repeat."""
         return np.linspace(0, self.length - 1, n).astype(int)
 
+    def reader_examples(self, n):
+        """As `examples`: there are no others."""
+        return self.examples(n)
+
+    def facts(self, index):
+        """Of which class each image is."""
+        number = {word: k for k, word in enumerate(self.words)}
+        labels = [number[caption] for caption in self.captions(index)]
+        return np.eye(len(self.words), dtype=bool)[labels]
+
     def reference_split(self, n):
         """Two random halves of the folder, the first, of readable images, cut to n (the models were
         trained on both). Raises ValueError where one is empty."""
@@ -321,7 +334,8 @@ class Folder:
         if not reference or not self.readable(others, 1):
             raise ValueError(f'--data={self.data}: too few of its {self.length} images are '
                              'readable to measure one half against the other')
-        name = f'{len(reference)} images of {self.data} (real images: {len(others)} others)'
+        name = (f'{len(reference)} images of {self.data} (real images: {len(others)} others; '
+                'models and reader were trained on both)')
         return np.array(reference), np.array(others), name
 
     def wrong_caption(self, caption, u):
@@ -423,6 +437,19 @@ class CaptionedFolder(Folder):
 
     def mirrored(self, caption):
         return mirrored(caption)
+
+    def facts(self, index):
+        """Which of the MOST_FACTS commonest words its caption has."""
+        count = Counter()
+        for path, caption in self.files:
+            count.update(set(known_words(caption, self.number, self.caption_length)))
+        count.pop(UNKNOWN, None)
+        common = sorted(count, key=lambda word: (-count[word], word))[:MOST_FACTS]
+        rows = []
+        for caption in self.captions(index):
+            words = set(plain_words(caption))
+            rows.append([word in words for word in common])
+        return np.array(rows, dtype=bool)
 
     def key(self):
         """Also the captions and how they are read."""

@@ -2,6 +2,7 @@
 Numbers for pictures: toy distance, precision and recall, prompt following, FID and IS with an
 Inception network that the user gives, and the table that ends every stage.
 """
+import itertools
 import json
 import math
 import time
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from common.files import file_digest, first_line
 from common.images import decode_images, encode_images
 from common.pictures import save_grid
-from common.files import file_digest, first_line
+from common.reader import load_reader
 from common.run import (image_rngs, progress, rank_and_world, rng_for, say, sum_over_processes,
                         synchronise, writing)
 
@@ -24,6 +26,7 @@ TOY_SIZE = 32                                          # pixels a side that toy_
 NEIGHBOURS = 5                                         # reference images that vote on a label
 SHOWN = 16                                             # images per row of a picture
 NAME_WIDTH = 26                                        # columns for the name of a table's row
+MEASURES = ('reader', 'toy_fd', 'precision', 'recall', 'accuracy')
 EXTRAS = ('reward', 'held_out', 'clipped', 'saturation')  # what reward.py measures besides
 
 
@@ -74,6 +77,27 @@ def gaussian_of(x):
     return features.mean(0), covariance
 
 
+def partial_sums(x):
+    """Features (n, d) -> (d + 1, d + 1) float64: [x, 1]^T [x, 1], which holds the products, the
+    sums and the count."""
+    x = F.pad(x.double(), (0, 1), value=1)
+    return x.T @ x
+
+
+def moments_of(sums):
+    """Partial sums of any number of parts -> mean (d,), covariance (d, d)."""
+    d = len(sums) - 1
+    n = sums[d, d]
+    mean = sums[d, :d] / n
+    covariance = (sums[:d, :d] - n * mean[:, None] * mean) / (n - 1)
+    return mean, covariance
+
+
+def sums_by_block(x, B):
+    """Partial sums of the B blocks of features (n, d): block b has every B-th row from b on."""
+    return [partial_sums(x[b::B]) for b in range(B)]
+
+
 def frechet_distance(x, y):
     """Frechet distance of two Gaussians in float64 (Heusel et al. 2017), each given by features
     (M, d) or by a tuple of mean and covariance: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The
@@ -89,8 +113,8 @@ def frechet_distance(x, y):
 
 
 def covered(centres, points, k):
-    """Share of the points (N, d) that lie inside some ball around a centre (M, d), whose radius is
-    the distance to the k-th other centre."""
+    """Which of the points (N, d) lie inside some ball around a centre (M, d), whose radius is the
+    distance to the k-th other centre? -> bool (N,)"""
     radius = []
     for part in centres.split(1000):
         distance = torch.cdist(part, centres)
@@ -100,43 +124,111 @@ def covered(centres, points, k):
     for part in points.split(1000):
         hits = torch.cdist(part, centres) < radius      # (N, M)
         inside.append(hits.any(1))
-    return float(torch.cat(inside).double().mean())
+    return torch.cat(inside)
+
+
+def inside_manifolds(real, fake, k=3):
+    """Which fakes do real balls cover (their share is the precision), and which real points the
+    balls of fakes (the recall; Kynkaanniemi et al. 2019)? Features (M, d), (N, d) -> bool arrays
+    (N,), (M,)."""
+    real = real.double()                                # cdist cancels in float32
+    fake = fake.double()
+    inside = covered(real, fake, k)
+    reached = covered(fake, real, k)
+    return inside.cpu().numpy(), reached.cpu().numpy()
 
 
 def precision_recall(real, fake, k=3):
-    """Precision, the share of fakes that real balls cover, and recall, the roles swapped
-    (Kynkaanniemi et al. 2019): features (M, d), (N, d) -> two floats."""
-    real = real.double()                                # cdist cancels in float32
-    fake = fake.double()
-    precision = covered(real, fake, k)
-    recall = covered(fake, real, k)
-    return precision, recall
+    """Features (M, d), (N, d) -> precision, recall."""
+    inside, reached = inside_manifolds(real, fake, k)
+    return float(inside.mean()), float(reached.mean())
+
+
+# -----------------------------------------------------------------------------
+# Standard errors
+
+BLOCKS = 20                                            # parts of the images that are left out in turn
+
+
+def distance_by_block(x, y):
+    """Frechet distance of features x (n, d) from y (m, d) -> (blocks,): its jackknife pseudo-values
+    B D - (B - 1) D_b, where D_b lacks block b of both, every B-th image. Their mean is the distance
+    without its bias, which falls as 1 / n and 1 / m, so that rows of any n compare (it may so come
+    out a little below 0); their scatter gives its standard error (Quenouille 1956, Tukey 1958)."""
+    B = min(BLOCKS, len(x), len(y))
+    x_sums = sums_by_block(x, B)
+    y_sums = sums_by_block(y, B)
+    x_all = sum(x_sums)
+    y_all = sum(y_sums)
+    whole = frechet_distance(moments_of(x_all), moments_of(y_all))
+    values = []
+    for x_block, y_block in zip(x_sums, y_sums):
+        without = frechet_distance(moments_of(x_all - x_block), moments_of(y_all - y_block))
+        values.append(B * whole - (B - 1) * without)
+    return np.array(values)
+
+
+def share_by_block(hits):
+    """Bools (n,) -> (blocks,): the share of True in each block, every B-th image."""
+    hits = np.asarray(hits, dtype=float)
+    B = min(BLOCKS, len(hits))
+    return np.array([hits[b::B].mean() for b in range(B)])
+
+
+def standard_error(values):
+    """Of the mean of independent values (B,), as blocks are."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def is_tie(a, b, key):
+    """Is the difference of two rows in the measure `key` below two of its standard errors? Block
+    by block, as both rows were drawn for the same captions and share a reference, whose noise so
+    drops out."""
+    x = np.array(a['blocks'][key])
+    y = np.array(b['blocks'][key])
+    if len(x) == len(y):
+        error = standard_error(x - y)
+    else:
+        error = math.hypot(a['error'][key], b['error'][key])
+    return abs(a[key] - b[key]) <= 2 * error
 
 
 # -----------------------------------------------------------------------------
 # What the stages measure
 
+MANIFOLD = 2000            # images of a row behind precision and recall, which depend on their number
+
+
 class Reference:
     """What the metrics compare with: the images that the data source sets apart, held-out renders
     of the shapes world or a random half of a folder (which the models were trained on too). `rest`
-    are the indices of others like them, from which `prompts` takes captions and real images."""
+    are the indices of others like them, from which `prompts` takes captions and real images.
+    `reader` gives the features of the distance that counts (common/reader.py); toy features are a
+    second pair of eyes that was never trained."""
 
-    def __init__(self, source, n=5000):
+    def __init__(self, source, reader, n=5000):
         self.source = source
+        self.reader = reader
         index, self.rest, self.name = source.reference_split(n)
         self.captions = []
-        features = []
+        toy = []
+        read = []
         n_parts = math.ceil(len(index) / 500)          # of 500; 5,000 ImageNet images take 4 GB
         for part in np.array_split(index, n_parts):
             images, captions = source.batch(part)
-            features.append(toy_features(images))
+            toy.append(toy_features(images))
+            read.append(reader.features(images))
             self.captions += captions
-        self.features = torch.cat(features)
+        self.toy = torch.cat(toy)
+        self.read = torch.cat(read)
 
     @classmethod
-    def of(cls, loaded, n):
-        """The reference of a teacher's data, None where it has none here."""
-        return cls(loaded.source, n) if loaded.data else None
+    def of(cls, loaded, folder, n):
+        """The reference of a teacher's data, None where it has none here. Its reader is in `folder`,
+        made where it is missing."""
+        if not loaded.data:
+            return None
+        return cls(loaded.source, load_reader(loaded.source, folder), n)
 
     def prompts(self, n):
         """n captions with their real images (n, 3, H, W), none of them in the reference."""
@@ -145,21 +237,33 @@ class Reference:
         return captions, images
 
     def measure(self, images, captions):
-        """Images (n, 3, H, W) drawn for the captions -> dict: toy_fd, precision, recall, accuracy
-        (share of images that show their caption), n, reference; where captions fall into tasks also
-        the accuracy of each and `tv`, the total variation distance of each factor."""
-        features = toy_features(images)
-        precision, recall = precision_recall(self.features, features)
-        toy_fd = frechet_distance(features, self.features)
-        row = dict(toy_fd=toy_fd, precision=precision, recall=recall)
+        """Images (n, 3, H, W) drawn for the captions -> dict: reader and toy_fd, two distances,
+        precision, recall, accuracy (share of images that show their caption); `error`, the standard
+        error of each, and `blocks`, the values by block behind it; n, reference; where captions
+        fall into tasks also the accuracy of each and `tv`, the total variation distance of each
+        factor."""
+        toy = toy_features(images)
         if self.source.judges:
             right = self.source.follows(images, captions)
         else:
-            right = self.vote(features, captions)
+            right = self.vote(toy, captions)
+        inside, reached = inside_manifolds(self.toy, toy[:MANIFOLD])
+        blocks = {
+            'reader': distance_by_block(self.reader.features(images), self.read),
+            'toy_fd': distance_by_block(toy, self.toy),
+            'precision': share_by_block(inside),
+            'recall': share_by_block(reached),
+            'accuracy': share_by_block(right),
+        }
+        row = {key: float(values.mean()) for key, values in blocks.items()}
+        row.update(precision=float(inside.mean()), recall=float(reached.mean()))
+        row.update(accuracy=float(right.mean()))
         if self.source.task_names:
             row['tasks'] = self.accuracy_by_task(right, captions)
             row['tv'] = self.source.factors(images, captions)
-        return dict(row, accuracy=float(right.mean()), n=len(captions), reference=self.name)
+        row['error'] = {key: standard_error(values) for key, values in blocks.items()}
+        row['blocks'] = {key: values.tolist() for key, values in blocks.items()}
+        return dict(row, n=len(captions), reference=self.name)
 
     def vote(self, features, captions):
         """Is the label of the caption, its class or category, the commonest among the nearest
@@ -167,7 +271,7 @@ class Reference:
         label_of = self.source.label_of
         labels = torch.tensor([label_of(caption) for caption in self.captions])
         wanted = torch.tensor([label_of(caption) for caption in captions])
-        distance = torch.cdist(features, self.features)
+        distance = torch.cdist(features, self.toy)
         nearest = distance.topk(min(NEIGHBOURS, len(labels)), largest=False).indices  # (n, 5)
         winners = labels[nearest].mode(1).values                                      # (n,)
         return (winners == wanted).numpy()
@@ -194,8 +298,10 @@ class NoReference:
         return self.loaded.examples(n), None
 
     def measure(self, images, captions):
-        unknown = dict.fromkeys(('toy_fd', 'precision', 'recall', 'accuracy'), math.nan)
-        return dict(unknown, n=len(captions), reference='nothing, as there are no data')
+        unknown = dict.fromkeys(MEASURES, math.nan)
+        blocks = {key: [math.nan, math.nan] for key in MEASURES}
+        return dict(unknown, error=unknown, blocks=blocks, n=len(captions),
+                    reference='nothing, as there are no data')
 
 
 @torch.no_grad()
@@ -221,6 +327,16 @@ def render(sample, loaded, captions, seed, batch=250):
 # -----------------------------------------------------------------------------
 # The table
 
+def print_columns(entries, rows, title=''):
+    """Print one {heading: number} per entry, below `title`; nothing where they are empty."""
+    if not rows[0]:
+        return
+    print()
+    print(title.ljust(NAME_WIDTH) + ''.join(f'{name:>15s}' for name in rows[0]))
+    for entry, row in zip(entries, rows):
+        print(entry['name'].ljust(NAME_WIDTH) + ''.join(f'{value:15.3f}' for value in row.values()))
+
+
 def print_extras(entries):
     """Print what rows hold beyond the columns of `show_table`: rewards, accuracy of each task."""
     rows = []
@@ -228,34 +344,60 @@ def print_extras(entries):
         row = {key: entry[key] for key in entry if key in EXTRAS or key.startswith('held_')}
         row.update(entry.get('tasks', {}))
         rows.append(row)
-    if not rows[0]:
-        return
-    print()
-    print(' ' * NAME_WIDTH + ''.join(f'{name:>15s}' for name in rows[0]))
-    for entry, row in zip(entries, rows):
-        print(entry['name'].ljust(NAME_WIDTH) + ''.join(f'{value:15.3f}' for value in row.values()))
+    print_columns(entries, rows)
+
+
+def with_error(entry, key, digits):
+    """A measure of a row as '0.412 ±0.031'."""
+    return f'{entry[key]:.{digits}f} ±{entry["error"][key]:.{digits}f}'
+
+
+def in_short(row):
+    """The line of a stage that is being trained."""
+    return (f'reader {with_error(row, "reader", 2)}, toy FD {with_error(row, "toy_fd", 2)}, '
+            f'prompt followed {with_error(row, "accuracy", 3)} ({row["n"]} images)')
+
+
+def compared_pairs(entries):
+    """The pairs of rows that `print_ties` looks at: all of few rows; of many each with the one that
+    is nearest to the real images by the reader."""
+    if len(entries) <= 6:
+        return list(itertools.combinations(entries, 2))
+    drawn = [entry for entry in entries if entry['passes']]
+    distances = [entry['reader'] for entry in drawn]
+    best = drawn[int(np.argmin(distances))]
+    return [(best, entry) for entry in entries if entry is not best]
+
+
+def print_ties(entries):
+    """Print which rows the measures cannot tell apart."""
+    for key, title in (('reader', 'reader'), ('toy_fd', 'toy FD'), ('accuracy', 'followed')):
+        ties = []
+        for a, b in compared_pairs(entries):
+            if is_tie(a, b, key):
+                ties.append(f'{a["name"]} = {b["name"]}')
+        print(f'ties in {title}: {"; ".join(ties) or "none"}')
 
 
 def show_table(entries):
-    """Print rows of measurements, their sample count and reference, then what else they hold."""
-    factors = list(entries[0].get('tv', {}))
-    heading = ' ' * NAME_WIDTH + 'passes  ms/image  toy FD  precision  recall  followed'
-    for factor in factors:
-        heading += f'{"TV " + factor:>15s}'
+    """Print rows of measurements with their standard errors, ties, image counts and reference, then
+    what else they hold."""
     print()
-    print(heading)
+    print(' ' * NAME_WIDTH + 'passes  ms/image  images           reader          toy FD      precision'
+          '         recall       followed')
     for entry in entries:
         line = entry['name'].ljust(NAME_WIDTH)
-        line += f'{entry["passes"]:6d}{entry["ms"]:10.2f}{entry["toy_fd"]:8.2f}'
-        line += f'{entry["precision"]:11.3f}{entry["recall"]:8.3f}{entry["accuracy"]:10.3f}'
-        for factor in factors:
-            line += f'{entry["tv"][factor]:15.3f}'
+        line += f'{entry["passes"]:6d}{entry["ms"]:10.2f}{entry["n"]:8d}'
+        line += f'{with_error(entry, "reader", 3):>17s}{with_error(entry, "toy_fd", 2):>16s}'
+        for key in ('precision', 'recall', 'accuracy'):
+            line += f'{with_error(entry, key, 3):>15s}'
         print(line)
-    note = f'{entries[0]["n"]} images per row, toy FD, precision and recall (k = 3) against '
-    note += entries[0]['reference']
-    if factors:
-        note += '; TV: total-variation distance of what the captions leave open from its known law'
-    print(note)
+    print(f'reader: distance on the features of a network that reads these images; toy FD: on random '
+          f'features; both against {entries[0]["reference"]}, bias removed; precision and recall (k = 3): '
+          f'of {MANIFOLD} images at most; ±: one standard error')
+    print_ties(entries)
+    print_columns(entries, [entry.get('tv', {}) for entry in entries],
+                  'TV from the known law')
     print_extras(entries)
 
 
@@ -300,8 +442,7 @@ class Moments:
         self.sums = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
 
     def add(self, x):
-        x = F.pad(x.double(), (0, 1), value=1)         # [x, 1]^T [x, 1]: products, sums, count
-        self.sums += x.T @ x
+        self.sums += partial_sums(x)
 
     def merge(self):
         if dist.is_initialized():
@@ -309,12 +450,7 @@ class Moments:
 
     def result(self):
         """-> mean (d,), covariance (d, d)."""
-        d = self.d
-        products = self.sums[:d, :d]
-        n = self.sums[d, d]
-        mean = self.sums[d, :d] / n
-        covariance = (products - n * mean[:, None] * mean) / (n - 1)
-        return mean, covariance
+        return moments_of(self.sums)
 
 
 def inception_score(probs, split=5000):

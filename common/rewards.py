@@ -756,9 +756,9 @@ class Judged:
         self.device = device
 
     @classmethod
-    def of(cls, loaded, n):
+    def of(cls, loaded, folder, n):
         """With the rewards that were loaded beside a teacher."""
-        reference = Reference.of(loaded, n) or NoReference(loaded)
+        reference = Reference.of(loaded, folder, n) or NoReference(loaded)
         return cls(reference, loaded.rewards, loaded.held_out, loaded.device)
 
     def prompts(self, n):

@@ -36,7 +36,7 @@ import reward
 import sample
 import tokenizer
 import tteo
-from common import metrics, pictures, rewards, world
+from common import metrics, pictures, power, reader, rewards, world
 from common.benchmarks import check_new, write_npz
 from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
@@ -46,8 +46,8 @@ from common.run import (LAUNCHER, Log, Muon, Stop, apply_gradients, configure, c
                         results_file, setting_names, split_batch, try_writing, wanted_instead)
 from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
                              word_teacher)
-from common.testing import (FULL, HERE, SCRIPTS, capture, exits_with, golden, mini, mini_tokenizer,
-                            must_refuse, must_run, near, picture_folder, printed, published,
+from common.testing import (FULL, HERE, SCRIPTS, UNTRAINED, capture, exits_with, golden, mini,
+                            mini_tokenizer, must_refuse, must_run, near, picture_folder, printed, published,
                             ready_for, rng, run, same, save_safetensors, small_model, small_tokenizer, tiny_clip,
                             tiny_run,
                             transformers_or_skip)
@@ -723,11 +723,133 @@ def test_frechet_distance_equals_scipys_and_its_closed_forms():
 def test_what_is_measured_is_held_out_and_apart_from_its_reference():
     source = open_data('shapes', 32)
     with mock.patch.object(source, 'batch', wraps=source.batch) as drawn:
-        metrics.Reference(source, 10).prompts(20)
+        metrics.Reference(source, UNTRAINED, 10).prompts(20)
     reference, measured = [{int(i) for i in call.args[0]} for call in drawn.call_args_list]
     assert len(reference) == 10 and len(measured) == 20
     assert min(reference | measured) >= world.HELD_OUT
     assert not reference & measured
+
+
+def test_a_distance_has_no_bias_and_an_honest_standard_error():
+    source = rng()
+
+    def drawn(n, mean, scale):
+        return mean + scale * torch.randn(n, 8, generator=source, dtype=torch.float64)
+    truth = 8 * (0.1 ** 2 + 0.2 ** 2)
+    for n, draws in ((100, 40), (1000, 20)):
+        plain, values, errors = [], [], []
+        for _ in range(draws):
+            x = drawn(n, 0.1, 1.2)
+            y = drawn(2 * n, 0, 1)
+            blocks = metrics.distance_by_block(x, y)
+            plain.append(metrics.frechet_distance(x, y))
+            values.append(blocks.mean())
+            errors.append(metrics.standard_error(blocks))
+        spread = np.std(values)
+        assert abs(np.mean(values) - truth) < 3 * spread / draws ** 0.5
+        assert 0.7 < np.mean(errors) / spread < 1.5, (np.mean(errors), spread)
+        if n == 100:
+            assert np.mean(plain) - truth > 10 * spread / draws ** 0.5     # what is taken off
+    few = metrics.distance_by_block(drawn(4, 0, 1), drawn(5, 0, 1))
+    assert len(few) == 4 and np.isfinite(few).all()
+    shares = metrics.share_by_block(np.arange(400) < 100)
+    assert len(shares) == 20 and np.allclose(shares, 0.25)
+
+
+def test_a_difference_below_two_standard_errors_is_a_tie():
+    noise = np.random.RandomState(0).standard_normal(20)
+    other = np.random.RandomState(1).standard_normal(20)
+
+    def row(name, values, passes=1):
+        keys = dict.fromkeys(metrics.MEASURES)
+        measured = {key: float(values.mean()) for key in keys}
+        error = {key: metrics.standard_error(values) for key in keys}
+        return dict(name=name, passes=passes, ms=0.0, n=10, reference='', error=error,
+                    blocks={key: values.tolist() for key in keys}, **measured)
+    base = row('a', 5 + noise)
+    near, far, paired = row('b', 5.3 + other), row('c', 7 + other), row('d', 5.3 + 1.01 * noise)
+    assert metrics.is_tie(base, base, 'reader') and metrics.is_tie(base, near, 'reader')
+    assert not metrics.is_tie(base, far, 'reader') and not metrics.is_tie(base, paired, 'reader')
+    fewer = row('e', 5.3 + other[:10])                     # of fewer blocks: not block by block
+    assert metrics.is_tie(base, fewer, 'reader')
+    text = printed(metrics.show_table, [base, near, far, paired])
+    assert 'ties in reader: a = b\n' in text and '±' in text
+    many = [base, near, far, paired, fewer, row('f', far['reader'] + noise), row('g', 3 + noise)]
+    assert 'ties in reader: none\n' in printed(metrics.show_table, many)  # g is best, alone
+    unknown = metrics.NoReference(None).measure([], [])
+    assert not metrics.is_tie(unknown, unknown, 'reader')
+
+
+def test_what_lies_where_is_what_the_checker_sees():
+    index = np.arange(200)
+    for data in world.WORLDS:
+        facts = open_data(data, 32).facts(index)
+        found = world.look(open_data(data, 32).batch(index)[0])
+        assert facts.shape == (200, 61) and facts.dtype == bool
+        assert (facts[:, 57:].argmax(1) == found['background']).all()
+        places = np.zeros((200, 5, 5), dtype=bool)
+        places[found['image'], found['row'] // 4 - 2, found['column'] // 4 - 2] = True
+        kinds = np.zeros((200, 4, 4, 2), dtype=bool)
+        kinds[found['image'], found['color'], found['shape'], found['size']] = True
+        assert (np.concatenate([places.reshape(200, 25), kinds.reshape(200, 32)], 1) == facts[:, :57]).all()
+
+
+def quick_reader(**constants):
+    """A reader is trained in a moment."""
+    recipe = dict(STEPS=3, N_IMAGES=200, BATCH=8)
+    recipe.update(constants)
+    return mock.patch.multiple(reader, **recipe)
+
+
+def test_the_reader_is_made_once_for_its_data_whatever_else_was_drawn(tmp_path):
+    source = open_data('shapes', 32)
+    with quick_reader():
+        torch.manual_seed(1)
+        drawn = torch.rand(2)
+        text = printed(reader.load_reader, source, f'{tmp_path}/a')
+        assert 'training the network that reads the images' in text
+        assert printed(reader.load_reader, source, f'{tmp_path}/a') == ''
+        torch.manual_seed(1)
+        with capture():
+            again = reader.load_reader(source, f'{tmp_path}/b')
+            assert torch.equal(drawn, torch.rand(2))       # the run draws as if there were no reader
+            other = reader.load_reader(open_data('shapes-open', 32), f'{tmp_path}/a')
+        one = reader.load_reader(source, f'{tmp_path}/a')
+        same(one.state_dict(), again.state_dict())
+        assert other.config != one.config and len(glob.glob(f'{tmp_path}/a/*.pt')) == 2
+        features = one.features(source.batch(source.reader_examples(200))[0])
+        assert features.dtype == torch.float64 and features.mean(0).abs().max() < 1e-6
+        near(torch.cov(features.T).diagonal()[-20:], torch.ones(20, dtype=torch.float64), 1e-6)
+        path = f'{tmp_path}/b/reader-{reader.key_of(source)}.pt'
+        save_checkpoint(path, dict(load_checkpoint(path), key='other', data='cats'))
+        with exits_with(path, 'of other images (cats)'):
+            reader.load_reader(source, f'{tmp_path}/b')
+        seen = source.reader_examples(20_000)
+        for index in (source.examples(99), source.test_examples(10 ** 5), *source.reference_split(50_000)[:2]):
+            assert index.max() < seen.min()
+    with quick_reader(STEPS=4):
+        assert reader.key_of(source) not in path           # another recipe, another file
+
+
+def test_the_reader_tells_spoilt_sets_from_clean_ones():
+    source = open_data('shapes', 32)
+    with mock.patch.multiple(reader, STEPS=500, N_IMAGES=8000):        # half of its training
+        net = reader.train_reader(source)
+    n = 4000
+    clean, spoilt = power.spoilt_tenths(power.FIRST, n, power.mix_pixels)
+    assert len(spoilt) == 4
+    for rows, images in spoilt.values():
+        changed = (images != clean[rows]).flatten(1).any(1)
+        assert len(rows) == len(set(rows)) == n // 10 and changed.double().mean() > 0.9
+    others = source.batch(np.arange(power.FIRST + 10 ** 6, power.FIRST + 10 ** 6 + n))[0]
+    wanted = source.batch(source.reference_split(8000)[0])[0]
+    table = power.separations(net.features, clean, spoilt, others, wanted)
+    print('    ' + ', '.join(f'{name} {apart:.1f} / {rival:.1f}' for name, (_, _, apart, rival) in table.items()))
+    distance, error, _, rival = table.pop('nothing')
+    assert abs(distance) < 3 * error and abs(rival) < 3
+    _, _, without_red, _ = table.pop('no red, another colour instead')
+    assert without_red > 2                                 # 3.5 after all of it, with 5,000 images
+    assert all(min(apart, rival) > 4 for _, _, apart, rival in table.values())
 
 
 def test_precision_and_recall_of_known_sets():

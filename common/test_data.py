@@ -18,11 +18,12 @@ import torch.nn as nn
 from PIL import Image, PngImagePlugin
 
 from common import images as I
+from common import reader
 from common.metrics import Reference
 from common.published import SAFETENSORS, drop_pages, fill, mapped_ranges, read_published
 from common.teachers import load_teacher
-from common.testing import (HERE, capture, exits_with, golden, must_run, printed, rng, same, save_safetensors, shard,
-                            small_tokenizer, write_safetensors)
+from common.testing import (HERE, UNTRAINED, capture, exits_with, golden, must_run, printed, rng, same,
+                            save_safetensors, shard, small_tokenizer, write_safetensors)
 from model import MDM
 from tokenizer import Tokenizer
 
@@ -627,7 +628,7 @@ def test_neighbours_vote_on_the_category_and_halves_share_no_image(tmp_path):
     source = opened(tmp_path)
     index, others, name = source.reference_split(100)
     assert sorted([*index, *others]) == list(range(60)) and '30 images' in name
-    reference = Reference(source, 100)
+    reference = Reference(source, UNTRAINED, 100)
     captions, images = reference.prompts(30)
     row = reference.measure(images, captions)
     assert row['accuracy'] == 1 and row['n'] == 30
@@ -637,11 +638,33 @@ def test_neighbours_vote_on_the_category_and_halves_share_no_image(tmp_path):
         source.label_of('a zebra')
 
 
+def test_the_reader_of_a_folder_learns_its_classes_or_the_words_of_its_captions(tmp_path):
+    captioned(f'{tmp_path}/words', 24)
+    source = opened(f'{tmp_path}/words')
+    index = source.reader_examples(99)
+    assert sorted(index) == list(range(24))
+    facts = source.facts(index)                                # commonest first: a, number, square; then colours
+    assert facts.shape == (24, 6) and facts[:, :3].all()
+    assert (facts[:, 3:].argmax(1) == [('blue', 'green', 'red').index(list(COLORS)[k % 3]) for k in index]).all()
+    for k in range(24):
+        picture(f'{tmp_path}/classes/{k % 3}/{k}.png', list(COLORS)[k % 3])
+    write(f'{tmp_path}/classes/1/x.png', 'no image')
+    classes = opened(f'{tmp_path}/classes')
+    with mock.patch.multiple(reader, STEPS=60, BATCH=8, RATE=1e-2):
+        with capture():
+            images, learned = reader.examples(classes)
+            net = reader.train_reader(classes)
+        assert len(images) == 24 and learned.shape == (24, 3)  # the bad file is left out
+        guessed = net(images)[:, :-1].argmax(1)
+        assert (guessed == learned.argmax(1)).double().mean() > 0.9
+        assert reader.examples(source)[1].shape == (24, 3)     # what all captions say is not learned
+
+
 def test_a_captioned_folder_has_every_member_of_a_source(tmp_path):
     captioned(tmp_path)
     source = opened(tmp_path)
     for name in ('data size words caption_length length limit batch captions bad is_bad key examples '
-                 'training_examples test_examples reference_split wrong_caption task_names tasks '
+                 'training_examples test_examples reader_examples facts reference_split wrong_caption task_names tasks '
                  'judges follows label_of factors').split():
         assert hasattr(source, name), name
     assert not source.judges and source.task_names == () and source.factors(None, []) == {}

@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 from unittest import SkipTest
 
 import numpy as np
@@ -35,6 +36,7 @@ from PIL import Image
 from common import maskgen, meissonic
 from common.maskgen import MaskGen, TATiTok
 from common.meissonic import Meissonic
+from common.metrics import toy_features
 from common.published import SAFETENSORS
 from common.teachers import published_name, published_tokenizer_name
 from model import MDM
@@ -68,9 +70,9 @@ IDLE = {                                       # which of these have no effect b
 INPUTS = {                                     # what a script finds in its folder
     'tokenizer.py': [],
     'model.py': ['tokenizer.pt'],
-    'distill.py': ['tokenizer.pt', 'model.pt'],
-    'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy', 'images-*.npy'],
-    'reward.py': ['model.pt', 'distill.pt', 'rewards.pt'],
+    'distill.py': ['tokenizer.pt', 'model.pt', 'reader-*.pt'],
+    'gan.py': ['model.pt', 'distill.pt', 'tokens-*.npy', 'images-*.npy', 'reader-*.pt'],
+    'reward.py': ['model.pt', 'distill.pt', 'rewards.pt', 'reader-*.pt'],
 }
 
 # Lines of Python that run before a script, as `before`
@@ -98,6 +100,10 @@ torch.nn.Module.compile = compile
 FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))    # no file beyond 2 kB
+"""
+QUICK = """
+from common import reader
+reader.STEPS, reader.N_IMAGES = 4, 200
 """
 ON_GPU = f"""
 import os
@@ -145,6 +151,7 @@ def forked(command, before, output):
     os.environ.update(ALONE)
     sys.argv = command
     exec(before, {})
+    exec(QUICK, {})
     try:
         runpy.run_path(command[0], None, '__main__')
     except (Exception, KeyboardInterrupt):
@@ -155,12 +162,10 @@ def forked(command, before, output):
 def run_anew(command, processes, before):
     launch = [sys.executable]
     if processes > 1:
-        launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    if processes > 1 and not before:           # else it takes --n for one of its own
-        launch.append('--')
-    if before:
-        start = 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")'
-        launch += ['-c', before + start]
+        launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                   '--no-python', sys.executable]
+    start = 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")'
+    launch += ['-c', before + QUICK + start]
     done = subprocess.run(launch + command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=600, env=ALONE, cwd=HERE)
     return done.returncode, done.stdout
@@ -301,6 +306,9 @@ def small_model(**changes):
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape)
     return model.eval()
+
+
+UNTRAINED = SimpleNamespace(features=toy_features)             # in the place of a reader
 
 
 def small_tokenizer():

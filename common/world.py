@@ -199,6 +199,23 @@ def sprites(scale=1):
     return np.clip(0.5 - scale * distance, 0, 1).astype(np.float32)  # the edge is one pixel wide
 
 
+def facts(index, open_background=False):
+    """What the images at index (B,) show: bool (B, 25 + 32 + 4). At which places objects lie, on a
+    grid of LONE_SHIFT pixels; which kinds of objects there are, of a colour, a shape and a size; the
+    background."""
+    scenes = arrange(random_choices(np.asarray(index, dtype=np.int64)), open_background)
+    B = len(scenes.n)
+    places = np.zeros((B, 5, 5), dtype=bool)
+    kinds = np.zeros((B, len(COLORS), len(SHAPES), len(RADII)), dtype=bool)
+    for k in range(4):
+        drawn = np.flatnonzero(scenes.n > k)           # images with a k-th object
+        row, column = scenes.corner[drawn, k].T // LONE_SHIFT
+        places[drawn, row, column] = True
+        kinds[drawn, scenes.color[drawn, k], scenes.shape[drawn, k], scenes.size[drawn, k]] = True
+    background = np.arange(len(BACKGROUNDS)) == scenes.background[:, None]
+    return np.concatenate([places.reshape(B, -1), kinds.reshape(B, -1), background], 1)
+
+
 # -----------------------------------------------------------------------------
 # Captions
 
@@ -659,6 +676,14 @@ class Shapes:
     def test_examples(self, n):
         """Indices of n images that neither training nor the reference of the metrics has seen."""
         return HELD_OUT + 10 ** 6 + np.arange(n)
+
+    def reader_examples(self, n):
+        """Indices of n images that neither training nor any metric has seen."""
+        return HELD_OUT + 2 ** 30 + np.arange(n)
+
+    def facts(self, index):
+        """What the images at index (B,) show, bool (B, facts)."""
+        return facts(index, self.data == 'shapes-open')
 
     def reference_split(self, n):
         """Indices of n images that metrics compare with, of others, and the name of the former."""
