@@ -64,7 +64,7 @@ TINY = {
 }
 IDLE = {                                       # which of these have no effect beside another setting
     '--data=/': ['--n_images=256'],
-    '--w_clip=0': ['--reward_steps=3', '--reward_batch=16'],
+    '--held_out=': ['--reward_steps=3', '--reward_batch=16'],    # and w_clip is 0
     '--w_gan=0': ['--disc_warmup=2', '--spectral'],
 }
 INPUTS = {                                     # what a script finds in its folder
