@@ -38,6 +38,7 @@ from common.teachers import load_teacher, unpack
 from common.text import PromptFile
 from common.world import WORLDS
 from model import sample_teacher, student_sampler, teacher_passes
+from tokenizer import hash_of_weights
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
@@ -253,15 +254,22 @@ def sampler(cfg_scale, gumbel):
     return draw
 
 
-def check_sampler():
-    """Raise ValueError for a setting that is given and that this kind of sampler has not."""
+def check_model():
+    """Raise ValueError for a setting that is given and that this kind of model has not."""
     if is_teacher:
         kind, others = 'is a teacher, which draws in steps', GENERATORS_OWN
     else:
         kind, others = 'is a one-step generator', TEACHERS_OWN
-    for key in others:
-        if key in GIVEN and not (key == 'steps' and steps <= 1):
-            raise ValueError(f'--{key} has no effect here: {path} {kind}')
+    idle = {key: kind for key in others if not (key == 'steps' and steps <= 1)}
+    if is_teacher and (law or loaded.net.law) != 'maskbit':
+        idle['power'] = 'draws by another law than maskbit'
+    if not loaded.tokenizer.source:
+        idle['tokenizer_path'] = 'holds its tokenizer'
+    if not loaded.encoder:
+        idle['text_path'] = 'reads no text by CLIP'
+    for key, reason in idle.items():
+        if key in GIVEN:
+            raise ValueError(f'--{key} has no effect here: {path} {reason}')
 
 
 def passes(cfg_scale):
@@ -333,11 +341,15 @@ def make_reference():
     """The statistics of a folder of images, cropped and resized as data are, as an npz that --ref
     reads: mu and sigma of all readable ones, and 10,000 of them (arr_0) for precision and
     recall."""
+    if not os.path.isdir(ref_from):
+        raise ValueError(f'--ref_from={ref_from}: no such folder')
     check_new('ref', ref)
     try_writing(ref)
     network, _ = load_inception(inception, run.device, inception_sha256)
     source = open_data(ref_from, ref_size)
     mean, covariance, readable = folder_moments(source, network, run.device, batch)
+    if len(readable) < 2:
+        raise ValueError(f'--ref_from={ref_from}: {len(readable)} readable images, a covariance needs 2')
     if run.rank == 0:
         some = np.sort(np.random.RandomState(0).permutation(readable)[:10_000])
         shape = len(some), ref_size, ref_size, 3
@@ -400,7 +412,8 @@ def draw_files(jobs):
         try_writing(npz)
     folder = png_dir or os.path.splitext(npz)[0]
     made = dict({key: config[key] for key in MADE_BY}, model=os.path.abspath(path), stage=stage, step=step,
-                steps=n_steps, tau=tau * tau_sample)
+                steps=n_steps, tau=tau * tau_sample, tokenizer=loaded.tokenizer.digest(),
+                network=hash_of_weights(dict(loaded.net.named_parameters())))
     drawn = draw_folder(sampler(cfg_scale, gumbel), loaded, jobs, folder, made, seed, batch)
     if run.rank == 0:
         of_layout = f' of {layout}' if layout else ''
@@ -475,7 +488,7 @@ if __name__ == '__main__':
         raise SystemExit
     loaded, stage, step, path, stem = load()
     is_teacher = stage == 'model' and not student
-    check_sampler()
+    check_model()
     n_steps = 1
     if is_teacher:
         n_steps = steps or min(16, loaded.net.N)

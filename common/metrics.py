@@ -484,8 +484,10 @@ def open_array(archive, name):
         raise ValueError(f'{name} is of version {version}')
     shape, by_columns, dtype = readers[version](file)
     size = archive.getinfo(name).file_size - file.tell()
-    if dtype.hasobject or by_columns or math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f'{name} is {shape} of {dtype} in {size} bytes, expected plain numbers row by row')
+    if by_columns:
+        raise ValueError(f'{name} is stored column by column; save np.ascontiguousarray of it')
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f'{name} is {shape} of {dtype} in {size} bytes, expected plain numbers')
     return file, shape, dtype
 
 

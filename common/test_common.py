@@ -822,7 +822,7 @@ def test_everything_of_a_reference_is_checked_at_once(tmp_path):
         'negative variance': dict(sigma=np.diag([1., 1, -1])), 'a negative variance': dict(sigma=np.ones((3, 3)) - np.eye(3)),
         'of float64': dict(arr_0=np.zeros((5, 4, 4, 3))), '(5, 3, 4, 4)': dict(arr_0=np.zeros((5, 3, 4, 4), np.uint8)),
         '(5, 2048)': dict(arr_0=np.zeros((5, 2048), np.uint8)), 'of object': dict(arr_0=np.array([{}])),
-        '4 to 100000': dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), 'row by row': dict(arr_0=np.asfortranarray(good['arr_0']))}
+        '4 to 100000': dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), 'column by column': dict(arr_0=np.asfortranarray(good['arr_0']))}
     for words, changes in cases.items():
         arrays = {key: value for key, value in {**good, **changes}.items() if value is not None}
         np.savez(path, **arrays)
