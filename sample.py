@@ -32,7 +32,7 @@ from common.metrics import (NoReference, Reference, balanced_labels, folder_mome
                             late_metrics, load_inception, read_reference, render, show_table)
 from common.pictures import save_grid
 from common.rewards import mean_scores, published_scores
-from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
+from common.run import (configure, end_run, image_rngs, results_files, start_run, timed, try_writing, writable,
                         writing)
 from common.teachers import load_teacher, unpack
 from common.text import PromptFile
@@ -304,23 +304,23 @@ def time_one_batch():
 def measure_inception():
     """FID and IS with the network that the user names, precision and recall where the reference has
     images."""
-    file = results_file(stem, 'inception', config, CHANGED)
+    files = results_files(stem, 'inception', config, CHANGED)
     network, digest = load_inception(inception, run.device, inception_sha256)
     reference = read_reference(ref, network, run.device, batch)
     captions = inception_captions()
 
     row, features = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
-    report_inception(file, row, len(captions), digest)         # before what may fail
+    report_inception(files, row, len(captions), digest)         # before what may fail
     late = late_metrics(reference.features, features)
     if late:
-        report_inception(file, {**row, **late}, len(captions), digest)
+        report_inception(files, {**row, **late}, len(captions), digest)
 
 
-def report_inception(file, row, images, digest):
+def report_inception(files, row, images, digest):
     if run.rank == 0:
         print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({images} images, seeds ({seed}, k), '
               f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
-        write_results(file, dict(row, sha256=digest, images=images, passes=passes(cfg_scale)))
+        write_results(files, dict(row, sha256=digest, images=images, passes=passes(cfg_scale)))
 
 
 def inception_captions():
@@ -363,7 +363,7 @@ def make_reference():
 def measure_toy():
     """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with
     --sweep, at sixteen."""
-    file = results_file(stem, 'sweep' if sweep else 'metrics', config, CHANGED)
+    files = results_files(stem, 'sweep' if sweep else 'metrics', config, CHANGED)
     scores = published_scores(globals(), run.device)
     if loaded.data or data:
         source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
@@ -393,15 +393,16 @@ def measure_toy():
     show_table(entries)
     print(f'image seeds ({seed}, 0..{n_metrics - 1}), {n_steps} step(s), tau {tau * tau_sample:g}, weights {weights} of '
           f'training step {step}')
-    write_results(file, dict(rows=entries))
+    write_results(files, dict(rows=entries))
 
 
-def write_results(file, results):
-    """Numbers, and all settings that they were made with."""
+def write_results(files, results):
+    """Numbers, and all settings that they were made with, into each of the files."""
     made = dict(ckpt=path, stage=stage, step=step, steps=n_steps, config=config)
-    with writing(file), open(file, 'w', encoding='utf-8') as opened:
-        json.dump(dict(results, **made), opened, indent=1)
-    print(f'-> {file}')
+    for name in files:
+        with writing(name), open(name, 'w', encoding='utf-8') as file:
+            json.dump(dict(results, **made), file, indent=1)
+    print(f'-> {files[0]}')
 
 
 def draw_files(jobs):

@@ -665,15 +665,18 @@ def writable(path):
 UNNAMED = ('ckpt', 'teacher', 'batch', 'metrics', 'sweep', 'inception_sha256')    # what is in no name of results
 
 
-def results_file(stem, kind, config, changed):
-    """STEM-KIND-setting=value.json: each setting of `config` that the command line has `changed` is
-    in the name, so that no measurement replaces another's. That it can be written is tried at
-    once: raises OSError."""
+def results_files(stem, kind, config, changed):
+    """Where numbers are written: STEM-KIND-setting=value.json, whose name has each setting of
+    `config` that the command line has `changed`, so that no measurement replaces another's; and
+    STEM-KIND.json, which holds the newest. That they can be written is tried at once: OSError."""
     parts = [f'{key}={short(config[key])}' for key in sorted(changed) if key not in UNNAMED]
     name = '-'.join([kind, *parts])
     if len(name) > 180:
         name = f'{kind}-{short(name)}'
-    return writable(f'{stem}-{name}.json')
+    files = [writable(f'{stem}-{name}.json')]
+    if parts:
+        files.append(writable(f'{stem}-{kind}.json'))
+    return files
 
 
 def short(value):
