@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, resumes, save_checkpoint, settings_of)
+from common.files import (claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
+                          restore, restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, token_data
 from common.metrics import Reference, final_table, frechet_distance, in_short, render, toy_features
 from common.pictures import save_grid
@@ -35,6 +35,7 @@ from common.teachers import copy_of, load_teacher, same_origin, teacher_file
 from model import (aux_loss, both, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
                    random_numbers, random_positions, relaxation_bias, relaxed, remask, student_sampler,
                    surrogate, teacher_passes, token_entropy)
+from tokenizer import hash_of_weights
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -510,6 +511,8 @@ def load_start(folder, run):
     loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
                           prompts, teacher_grid)
     same_origin(loaded, start, init)
+    note_unfinished(start, init)
+    loaded.origin['start'] = hash_of_weights(start['ema'])
     if not loaded.data:
         raise ValueError('the discriminator needs real images; give --data=FOLDER of class folders or of '
                          'captioned images')

@@ -697,8 +697,8 @@ if __name__ == '__main__':
 
     import numpy as np
 
-    from common.files import (check_origin, claim, digest_of, load_checkpoint, load_resumed, optimizer_states, restore,
-                              restore_optimizers, resumes, save_checkpoint)
+    from common.files import (check_origin, claim, digest_of, load_checkpoint, load_resumed, note_unfinished,
+                              optimizer_states, restore, restore_optimizers, resumes, save_checkpoint)
     from common.images import TokenData, id_type, open_data, token_data, word_encoder
     from common.metrics import render
     from common.pictures import save_grid
@@ -724,6 +724,7 @@ if __name__ == '__main__':
     prompt_ids = torch.from_numpy(table[:, tokenizer.N:].astype(id_type(len(words) + 1)))    # (M, T)
     origin = dict(tokenizer=tokenizer.digest(), vocabulary=digest_of(words), data=source.digest())
     check_origin(tokenizer_path, packed, origin)
+    note_unfinished(packed, tokenizer_path)
 
     # Build the network, its average and the optimizers
     torch.manual_seed(seed)

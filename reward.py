@@ -20,8 +20,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common.files import (claim, load_checkpoint, load_resumed, optimizer_states, restore,
-                          restore_optimizers, resumes, save_checkpoint, settings_of)
+from common.files import (claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
+                          restore, restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.metrics import final_table, in_short, render
 from common.pictures import save_grid
 from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards, published_in_use,
@@ -33,6 +33,7 @@ from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configu
 from common.teachers import copy_of, load_teacher, same_origin, teacher_file
 from model import (aux_loss, dimo_grad, draw_tokens, guided_logits, jeffreys, teacher_sampler, relaxed,
                    remask, start_embedding, student_sampler, surrogate, teacher_passes, token_entropy)
+from tokenizer import hash_of_weights
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -320,6 +321,8 @@ def load_start(folder, run):
     loaded = load_teacher(teacher, path, tokenizer_path, data or start['data'], teacher_heads, run.device, text_path,
                           prompts, teacher_grid)
     same_origin(loaded, start, init)
+    note_unfinished(start, init)
+    loaded.origin['start'] = hash_of_weights(start['ema'])
     world_file = os.path.join(folder, 'rewards.pt')
     if needs_small_rewards(globals()):
         make_rewards(world_file, loaded, globals(), run)

@@ -33,12 +33,13 @@ from common.metrics import (NoReference, Reference, balanced_labels, folder_mome
 from common.pictures import save_grid
 from common.reader import load_reader
 from common.rewards import mean_scores, published_scores
-from common.run import (configure, end_run, image_rngs, results_file, start_run, timed, try_writing, writable,
+from common.run import (configure, end_run, image_rngs, results_files, start_run, timed, try_writing, writable,
                         writing)
 from common.teachers import load_teacher, unpack
 from common.text import PromptFile
 from common.world import WORLDS
 from model import sample_teacher, student_sampler, teacher_passes
+from tokenizer import hash_of_weights
 
 # -----------------------------------------------------------------------------
 ckpt = 'out/distill.pt'  # any model.pt, distill.pt, ...
@@ -254,15 +255,22 @@ def sampler(cfg_scale, gumbel):
     return draw
 
 
-def check_sampler():
-    """Raise ValueError for a setting that is given and that this kind of sampler has not."""
+def check_model():
+    """Raise ValueError for a setting that is given and that this kind of model has not."""
     if is_teacher:
         kind, others = 'is a teacher, which draws in steps', GENERATORS_OWN
     else:
         kind, others = 'is a one-step generator', TEACHERS_OWN
-    for key in others:
-        if key in GIVEN and not (key == 'steps' and steps <= 1):
-            raise ValueError(f'--{key} has no effect here: {path} {kind}')
+    idle = {key: kind for key in others if not (key == 'steps' and steps <= 1)}
+    if is_teacher and (law or loaded.net.law) != 'maskbit':
+        idle['power'] = 'draws by another law than maskbit'
+    if not loaded.tokenizer.source:
+        idle['tokenizer_path'] = 'holds its tokenizer'
+    if not loaded.encoder:
+        idle['text_path'] = 'reads no text by CLIP'
+    for key, reason in idle.items():
+        if key in GIVEN:
+            raise ValueError(f'--{key} has no effect here: {path} {reason}')
 
 
 def passes(cfg_scale):
@@ -297,23 +305,23 @@ def time_one_batch():
 def measure_inception():
     """FID and IS with the network that the user names, precision and recall where the reference has
     images."""
-    file = results_file(stem, 'inception', config, CHANGED)
+    files = results_files(stem, 'inception', config, CHANGED)
     network, digest = load_inception(inception, run.device, inception_sha256)
     reference = read_reference(ref, network, run.device, batch)
     captions = inception_captions()
 
     row, features = inception_metrics(sampler(cfg_scale, gumbel), loaded, captions, network, reference, seed, batch)
-    report_inception(file, row, len(captions), digest)         # before what may fail
+    report_inception(files, row, len(captions), digest)         # before what may fail
     late = late_metrics(reference.features, features)
     if late:
-        report_inception(file, {**row, **late}, len(captions), digest)
+        report_inception(files, {**row, **late}, len(captions), digest)
 
 
-def report_inception(file, row, images, digest):
+def report_inception(files, row, images, digest):
     if run.rank == 0:
         print(', '.join(f'{k} {v:.4g}' for k, v in row.items()) + f' ({images} images, seeds ({seed}, k), '
               f'{passes(cfg_scale)} network pass(es), reference {ref}, Inception {inception} sha256 {digest})')
-        write_results(file, dict(row, sha256=digest, images=images, passes=passes(cfg_scale)))
+        write_results(files, dict(row, sha256=digest, images=images, passes=passes(cfg_scale)))
 
 
 def inception_captions():
@@ -334,11 +342,15 @@ def make_reference():
     """The statistics of a folder of images, cropped and resized as data are, as an npz that --ref
     reads: mu and sigma of all readable ones, and 10,000 of them (arr_0) for precision and
     recall."""
+    if not os.path.isdir(ref_from):
+        raise ValueError(f'--ref_from={ref_from}: no such folder')
     check_new('ref', ref)
     try_writing(ref)
     network, _ = load_inception(inception, run.device, inception_sha256)
     source = open_data(ref_from, ref_size)
     mean, covariance, readable = folder_moments(source, network, run.device, batch)
+    if len(readable) < 2:
+        raise ValueError(f'--ref_from={ref_from}: {len(readable)} readable images, a covariance needs 2')
     if run.rank == 0:
         some = np.sort(np.random.RandomState(0).permutation(readable)[:10_000])
         shape = len(some), ref_size, ref_size, 3
@@ -352,7 +364,7 @@ def make_reference():
 def measure_toy():
     """Toy FD, precision, recall and captions followed, at one setting of a sampler or, with
     --sweep, at sixteen."""
-    file = results_file(stem, 'sweep' if sweep else 'metrics', config, CHANGED)
+    files = results_files(stem, 'sweep' if sweep else 'metrics', config, CHANGED)
     scores = published_scores(globals(), run.device)
     if loaded.data or data:
         source = open_data(data or loaded.data, loaded.tokenizer.config['image_size'], expected=loaded.words)
@@ -382,15 +394,16 @@ def measure_toy():
     show_table(entries)
     print(f'image seeds ({seed}, 0..{n_metrics - 1}), {n_steps} step(s), tau {tau * tau_sample:g}, weights {weights} of '
           f'training step {step}')
-    write_results(file, dict(rows=entries))
+    write_results(files, dict(rows=entries))
 
 
-def write_results(file, results):
-    """Numbers, and all settings that they were made with."""
+def write_results(files, results):
+    """Numbers, and all settings that they were made with, into each of the files."""
     made = dict(ckpt=path, stage=stage, step=step, steps=n_steps, config=config)
-    with writing(file), open(file, 'w', encoding='utf-8') as opened:
-        json.dump(dict(results, **made), opened, indent=1)
-    print(f'-> {file}')
+    for name in files:
+        with writing(name), open(name, 'w', encoding='utf-8') as file:
+            json.dump(dict(results, **made), file, indent=1)
+    print(f'-> {files[0]}')
 
 
 def draw_files(jobs):
@@ -401,7 +414,8 @@ def draw_files(jobs):
         try_writing(npz)
     folder = png_dir or os.path.splitext(npz)[0]
     made = dict({key: config[key] for key in MADE_BY}, model=os.path.abspath(path), stage=stage, step=step,
-                steps=n_steps, tau=tau * tau_sample)
+                steps=n_steps, tau=tau * tau_sample, tokenizer=loaded.tokenizer.digest(),
+                network=hash_of_weights(dict(loaded.net.named_parameters())))
     drawn = draw_folder(sampler(cfg_scale, gumbel), loaded, jobs, folder, made, seed, batch)
     if run.rank == 0:
         of_layout = f' of {layout}' if layout else ''
@@ -476,7 +490,7 @@ if __name__ == '__main__':
         raise SystemExit
     loaded, stage, step, path, stem = load()
     is_teacher = stage == 'model' and not student
-    check_sampler()
+    check_model()
     n_steps = 1
     if is_teacher:
         n_steps = steps or min(16, loaded.net.N)

@@ -1151,7 +1151,7 @@ def test_every_stage_ends_with_its_table_log_and_pictures():
         names = [row['name'] for row in rows]
         assert names == ['real images', 'tokenizer reconstruction', *ROWS[stage]]
         assert all(math.isfinite(row['toy_fd']) for row in rows)
-        assert 'TV background' in texts[f'{stage}.py']
+        assert 'background' in texts[f'{stage}.py']
         last = saved(folder, stage)['step']
         log = log_of(folder, stage)
         assert [line['step'] for line in log] == list(range(2, last + 1, 2))
@@ -1165,7 +1165,7 @@ def test_every_stage_ends_with_its_table_log_and_pictures():
     passes = [row['passes'] for row in table_of(f'{folder}/distill.json')]
     assert passes == [0, 0, 1, 5, 1]
     assert 'against 200 held-out renders' in texts['distill.py']
-    assert '40 images per row' in texts['gan.py']
+    assert 'ties in reader' in texts['gan.py']
     assert 'color_attr' in texts['reward.py']
     assert 'training two small reward models' in texts['reward.py']
 
@@ -1391,6 +1391,10 @@ def test_no_file_of_others_is_replaced_and_no_image_of_others_taken_for_these(tm
     (tmp_path / 'L' / 'other.png').write_text('mine')
     must_run(f'{ask} --n=2')
     assert (tmp_path / 'L' / 'other.png').read_text() == 'mine'
+    about = json.loads((tmp_path / 'L.json').read_text())
+    (tmp_path / 'L.json').write_text(json.dumps(dict(about, network='before')))        # it was trained again
+    must_refuse(f'{ask} --n=2', words='images of network before, not')
+    (tmp_path / 'L.json').write_text(json.dumps(about))
     for change, words in {'--n=3': 'of n 2, not 3', '--n=2 --top_k=4': 'of top_k 0, not 4'}.items():
         must_refuse(f'{ask} {change}', words=words)
 
@@ -1525,6 +1529,14 @@ def test_nobody_continues_or_builds_on_something_else_in_silence(tmp_path):
     must_refuse(f'distill.py --out_dir={folder}', words=other)
     teacher = f'--teacher_ckpt={folder}/model.pt'
     must_refuse(f'distill.py --out_dir={folder}/open --data=shapes-open {teacher}', words='trained on shapes, not on')
+    folder = ready_for('gan.py', tmp_path / 'gan')
+    start = torch.load(f'{folder}/distill.pt', weights_only=True)
+    torch.save(dict(saved(tiny_run()[0], 'gan'), origin=dict(start='another')), f'{folder}/gan.pt')
+    os.remove(f'{folder}/distill.pt')
+    torch.save(dict(start, step=3), f'{folder}/distill.pt')
+    text = must_run(f'gan.py --out_dir={folder} --resume')
+    assert 'gan.pt was made with another generator as its start' in text
+    assert 'distill.pt is unfinished, at step 3 of 12' in text
 
 
 def test_a_run_never_replaces_the_checkpoint_of_another_unasked(tmp_path):
@@ -1671,7 +1683,7 @@ def test_a_teacher_of_tuples_without_a_grid_whose_decoder_reads_goes_through_all
     must_run('tteo.py', f'--ckpt={tmp_path}/reward.pt', '--n=5', '--iterations=2', **rehearsed)
     text = must_run('sample.py', f'--ckpt={tmp_path}/gan.pt', '--metrics', '--n_metrics=20',
                     '--n_reference=40', **rehearsed)
-    assert '20 images per row' in text
+    assert 'ties in reader' in text
     heads = torch.load(f'{tmp_path}/gan.pt')['disc']
     assert heads['heads.0.mix.weight'].shape == (24, 1, 9)                   # along the line
 

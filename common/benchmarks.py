@@ -176,9 +176,9 @@ def check_folder(folder, made, jobs):
     if not isinstance(before, dict) or 'model' not in before:
         raise ValueError(f'{about}: does not say what {folder} holds; choose another --png_dir')
     for key, value in made.items():
-        if before.get(key, value) != value:
-            raise ValueError(f'{folder}: holds images of {key} {before[key]}, not {value} ({about}); give these a '
-                             'folder of their own with --png_dir')
+        if before.get(key) != value:
+            raise ValueError(f'{folder}: holds images of {key} {before.get(key)}, not {value} ({about}); give these '
+                             'a folder of their own with --png_dir')
 
 
 def mark_folder(folder, made, jobs):

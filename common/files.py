@@ -221,6 +221,13 @@ def resumes(resume, path):
     return resume and exists(path)
 
 
+def note_unfinished(state, path):
+    """Say where a run builds on one that has not reached its last step. Rewards may end it early."""
+    steps = state['config'].get('steps', 0)
+    if state['step'] < steps and state['stage'] != 'reward':
+        say(f'note: {path} is unfinished, at step {state["step"]} of {steps}; --resume of its script continues it')
+
+
 def load_resumed(path, stage, config):
     """The checkpoint that --resume continues, with a note of the settings in `config` that are not
     that run's."""
@@ -322,7 +329,7 @@ def restore_optimizers(optimizers, states, path):
 # What a checkpoint was made from: its `origin`, {part: digest}
 
 MEANING = {'tokenizer': 'tokens', 'vocabulary': 'word numbers'}       # with another they mean something else
-CHOICES = {'data': 'other images', 'teacher': 'another teacher'}
+CHOICES = {'data': 'other images', 'teacher': 'another teacher', 'start': 'another generator as its start'}
 
 
 def digest_of(value):
@@ -341,9 +348,8 @@ def file_digest(path):
 
 def check_origin(path, state, now):
     """Compare what the checkpoint `state` at `path` was made from with what is there `now`, {part:
-    digest}: tokenizer, vocabulary, data, teacher. With another tokenizer or vocabulary its numbers
-    mean something else: ValueError. Other images, or another teacher, are a choice: a note.
-    """
+    digest}: tokenizer, vocabulary, data, teacher, start. With another tokenizer or vocabulary its
+    numbers mean something else: ValueError. Anything else that is another is a choice: a note."""
     before = state.get('origin', {})
     other = [part for part in before if before[part] != now.get(part, before[part])]
     for part in other:

@@ -21,6 +21,7 @@ HIDDEN = ('.', '@', '__')      # of editors, of file servers (@eaDir), of archiv
 RUN_LOG = '.log.jsonl'         # every training run of ours writes one, from its start
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'dev', 'eval')
 
+MOST_ABOUT = 10_000            # bytes of the file that says what drew a folder of images
 BLOCK = 4096                   # bytes that the digest of a file reads at once
 N_BLOCKS = 8                   # of a large compressed image; of others all
 
@@ -73,11 +74,13 @@ class Listing:
             self.left_out['folders that cannot be opened'] += 1
             return []
         has_log = any(entry.name.endswith(RUN_LOG) for entry in entries)
-        if real == self.own or has_log:
-            name = below(folder, self.root) or '.'
-            self.left_out[f'folder where runs write ({name})'] += 1
-            entries = [entry for entry in entries if folder == self.root and entry.is_dir()]
-        return entries
+        if real != self.own and not has_log and not was_drawn(folder):
+            return entries
+        if folder != self.root:
+            self.left_out[f'folder where runs write ({below(folder, self.root)})'] += 1
+            return []
+        self.left_out['folder where runs write, the data folder itself: choose another --out_dir'] += 1
+        return [entry for entry in entries if entry.is_dir()]
 
     def follow(self, path):
         """Take in what a link leads to, unless it is there already or lies around the link."""
@@ -110,11 +113,21 @@ def list_folder(data, out_dir=''):
     root = os.path.abspath(data)
     if not os.path.isdir(root):
         raise ValueError(f"--data={data}: no such folder; expected 'shapes', 'shapes-open' or a "
-                         'folder of images')
+                         'folder of images; where a checkpoint names it and it has moved, say with --data where it is')
     if not os.access(root, os.R_OK | os.X_OK):
         raise ValueError(f'--data={data}: may not be read; see its permissions')
     own = os.path.realpath(out_dir) if out_dir else ''
     return Listing(root, own)
+
+
+def was_drawn(folder):
+    """Did sample.py write its images? Then FOLDER.json beside it says what drew them."""
+    about = os.path.abspath(folder) + '.json'
+    if not os.path.isfile(about) or os.path.getsize(about) > MOST_ABOUT:
+        return False
+    with open(about, encoding='utf-8', errors='replace') as file:
+        text = file.read()
+    return all(f'"{key}":' in text for key in ('model', 'network', 'prompts'))
 
 
 def is_image(path):

@@ -52,6 +52,7 @@ import math
 import os
 import textwrap
 import unicodedata
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
@@ -71,12 +72,13 @@ READERS = 8                    # threads that decode files; PIL lets them run in
 READ_AT_ONCE = 64              # files that are tried at once
 NAMED = 10                     # unreadable files that are named on the console; the rest is counted
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long texts cost no image
+warnings.filterwarnings('ignore', module='PIL')                  # nor do odd metadata a line
 ZEROS = 2 ** 20                # bytes of an empty token table that are written at once
 GOOD, BAD = 1, 2               # last column of a partial token table; 0: this row is still to do
 
 DEEP_ENDINGS = ('.tif', '.tiff', '.pfm')       # of formats that hold grey values of 32 bits
 N_DEEP = 64                    # of these are looked at
-WHITES = (1, 255, 4095, 65535) # what white may be there
+WHITES = (1, 255, 4095, 65535, 2 ** 31 - 1)    # what white may be there
 ORIENTATION = 0x0112           # the EXIF tag, and what turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -371,7 +373,7 @@ class CaptionedFolder(Folder):
 
     def __init__(self, data, size, listing, expected=None):
         self.open(data, size, listing)
-        entries = read_captions(data, listing)
+        entries, self.origin = read_captions(data, listing)
         self.take([(path, caption) for path, caption, category in entries])
         self.words, self.caption_length = make_vocabulary([caption for path, caption in self.files])
         self.number = {word: k for k, word in enumerate(self.words)}
@@ -412,8 +414,8 @@ class CaptionedFolder(Folder):
         NOTED.update(rare, long)                               # `word_ids` need not tell them again
         if quiet:
             return
-        say(f'note: {self.data}: {self.length} captions of up to {self.caption_length} words, '
-            f'{len(self.words) - 1} different words known')
+        say(f'note: {self.data}: {self.length} captions, {self.origin}, of up to '
+            f'{self.caption_length} words, {len(self.words) - 1} different words known')
         if rare:
             say(f'note: {with_rare} captions hold rare words, {len(rare)} in all, such as '
                 f'{min(rare)!r}, which are read as {UNKNOWN}')
@@ -576,10 +578,13 @@ def white_of(image, white):
 
 
 def shallow_grey(image, white):
-    """A grey PIL image of 16 or 32 bits -> 8 bits. Raises ValueError for NaN and infinity."""
+    """A grey PIL image of 16 or 32 bits -> 8 bits. Raises ValueError for NaN, infinity, and values
+    far below 0."""
     grey = np.asarray(image, np.float64)
     if not np.isfinite(grey).all():
         raise ValueError('some pixels are no finite numbers')
+    if grey.min() < -0.05 * white:
+        raise ValueError(f'its values begin at {grey.min():g}, expected grey from 0, black, to {white}, white')
     return Image.fromarray((grey * 255 / white).clip(0, 255).astype(np.uint8))
 
 
@@ -600,11 +605,12 @@ def find_white(paths):
 
 
 def brightest(path):
-    """Mode and largest value of a grey image of 32 bits; ('', 0) for all other files."""
+    """Mode of a grey image of 32 bits, and its largest value but for a thousandth, which may be hot
+    pixels; ('', 0) for all other files."""
     with contextlib.suppress(Exception), Image.open(path) as image:
         if image.mode in ('I', 'F'):
-            pixels = np.asarray(image)
-            return image.mode, pixels[np.isfinite(pixels)].max(initial=0)
+            pixels = np.asarray(image, np.float64)
+            return image.mode, np.quantile(pixels[np.isfinite(pixels)], 0.999)
     return '', 0
 
 
@@ -612,12 +618,13 @@ def brightest(path):
 # Captions of a folder
 
 def holds_captions(listing):
-    """Are the images of a folder captioned: by a metadata file, or a .txt beside one of them?"""
+    """Are the images of a folder captioned: by a metadata file, or a .txt beside most of them?"""
     for name in METADATA:
         if os.path.isfile(os.path.join(listing.root, name)):
             return True
     texts = {path for path in listing.others if path.endswith('.txt')}
-    return any(text_beside(path) in texts for path in listing.images)
+    with_text = [path for path in listing.images if text_beside(path) in texts]
+    return len(with_text) > 0 and 2 * len(with_text) >= len(listing.images)
 
 
 def text_beside(path):
@@ -626,7 +633,8 @@ def text_beside(path):
 
 
 def read_captions(data, listing):
-    """[(path, caption in one line, category or '')] of a captioned folder, each image once.
+    """[(path, caption in one line, category or '')] of a captioned folder, each image once, and
+    where these are from, in words.
 
     Raises ValueError, in one line, for everything that is wrong with the list.
     """
@@ -650,7 +658,9 @@ def read_captions(data, listing):
                       '(by ending, hidden, outside or linked)')
     if not taken:
         raise ValueError(f'{origin}: {listing.note()}; nothing is left')
-    return taken
+    if found:
+        return taken, f'from {found[0]}'
+    return taken, 'from the .txt beside each image (its sub-folders are no classes)'
 
 
 def read_metadata(root, origin):
@@ -725,7 +735,8 @@ def read_texts(listing):
     bare = [path for path in images if text_beside(path) not in texts]
     if bare:
         raise ValueError(f'--data={listing.root}: {len(bare)} of {len(images)} images have no .txt '
-                         f'beside them, such as {bare[0]}')
+                         f'beside them, such as {bare[0]}; for captions give all of them one, for '
+                         'classes remove these files')
     return [(path, one_line(read_text(text_beside(path))), '') for path in images]
 
 

@@ -229,7 +229,7 @@ def word_reader(words, length, rows, path):
     -> function prompts -> ids (B, length), mask. Raises ValueError unless it reads its prompts, and
     the text tower has as many `rows` of words: transformers invents a tokenizer where files lack. Of
     the first prompt that is cut a note tells."""
-    cut = []
+    cut = ['our own']                                      # the checks below are silent
 
     def read(prompts):
         pieces = words(prompts, padding='max_length', truncation=True, max_length=length,
@@ -249,6 +249,7 @@ def word_reader(words, length, rows, path):
     if largest >= rows:
         raise ValueError(f'{path}: its word tokenizer gives the id {largest}, and the text tower has '
                          f'{rows}; they are not of one release')
+    cut.clear()
     return read
 
 

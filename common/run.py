@@ -57,9 +57,9 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     handed = handed_on({**defaults, **given}) if handed_on else {}
     kind = {**defaults, **handed, **given}.get('teacher')
     recipe = (recipes or {}).get(kind, {})
-    for key, value in recipe.items():
+    for key, value in {**handed, **recipe}.items():
         if key not in keys or type(value) is not type(g[key]):
-            raise TypeError(f'{script}: {key}={value!r} in a recipe is no setting of this script and type')
+            raise ValueError(f'{key}={value!r} in a recipe or checkpoint is no setting of {script} and of its type')
     usual = {**defaults, **handed, **recipe}
     settings = {**usual, **given}
     changed = [key for key in given if given[key] != usual[key]]
@@ -391,7 +391,7 @@ def same_weights(*networks):
 
 
 # Ctrl-C; a system that shuts down; a closed terminal; a queue's time limit (Slurm's --signal, ulimit -St)
-STOP_SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU')
+STOP_SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2', 'SIGALRM', 'SIGVTALRM', 'SIGXCPU')
 
 
 def on_stop_signals(handler):
@@ -413,6 +413,7 @@ class Stop:
 
     def __init__(self):
         self.asked = 0.0                                       # when
+        self.said = False
         on_stop_signals(self.ask)
 
     def ask(self, number, frame):
@@ -423,14 +424,18 @@ class Stop:
         self.asked = self.asked or time.time()
 
     def now(self, step, device):
-        """True once any process was asked; processes agree every 10 steps."""
-        if not dist.is_initialized():
-            return bool(self.asked)
-        if step % 10:
-            return False
-        flag = torch.tensor(float(self.asked > 0), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        """True once any process was asked, which is said; processes agree every 10 steps."""
+        stopping = self.asked > 0
+        if dist.is_initialized():
+            if step % 10:
+                return False
+            flag = torch.tensor(float(stopping), device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stopping = bool(flag)
+        if stopping and not self.said:
+            self.said = True
+            say('stopping; --resume continues from what is saved')
+        return stopping
 
 
 # -----------------------------------------------------------------------------
@@ -660,15 +665,18 @@ def writable(path):
 UNNAMED = ('ckpt', 'teacher', 'batch', 'metrics', 'sweep', 'inception_sha256')    # what is in no name of results
 
 
-def results_file(stem, kind, config, changed):
-    """STEM-KIND-setting=value.json: each setting of `config` that the command line has `changed` is
-    in the name, so that no measurement replaces another's. That it can be written is tried at
-    once: raises OSError."""
+def results_files(stem, kind, config, changed):
+    """Where numbers are written: STEM-KIND-setting=value.json, whose name has each setting of
+    `config` that the command line has `changed`, so that no measurement replaces another's; and
+    STEM-KIND.json, which holds the newest. That they can be written is tried at once: OSError."""
     parts = [f'{key}={short(config[key])}' for key in sorted(changed) if key not in UNNAMED]
     name = '-'.join([kind, *parts])
     if len(name) > 180:
         name = f'{kind}-{short(name)}'
-    return writable(f'{stem}-{name}.json')
+    files = [writable(f'{stem}-{name}.json')]
+    if parts:
+        files.append(writable(f'{stem}-{kind}.json'))
+    return files
 
 
 def short(value):

@@ -14,7 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from common.files import build, check_origin, digest_of, exists, load_checkpoint, printable, restore
+from common.files import (build, check_origin, digest_of, exists, load_checkpoint, note_unfinished,
+                          printable, restore)
 from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
@@ -186,6 +187,7 @@ def load_teacher(kind, path, tokenizer_path='', data='', n_head=0, device='cpu',
         state['data'] = data or state['data']                  # a folder may have moved
         loaded = unpack(state, device, path=path)
         check_origin(path, state, dict(data=loaded.source.digest()))
+        note_unfinished(state, path)
         return loaded
     net, tokenizer = published_pair(kind, path, tokenizer_path, n_head, grid)
     if kind in TEXT_KINDS:
@@ -347,7 +349,8 @@ def saved_stage(script, data, folder):
         return None
     state = load_checkpoint(path, script, 'Delete it to train it again.', fallback=True)
     made_for = state['config']['data']
-    if data not in ('', made_for):
+    moved = made_for not in WORLDS and not os.path.exists(made_for)
+    if data not in ('', made_for) and not moved:
         raise ValueError(f'{path} was trained on {printable(made_for)}, not on {data}; give each data set a folder '
                          f'of its own, --out_dir=out/{os.path.basename(data)}, or, if the same images have only moved: '
                          f'--teacher_ckpt={folder}/model.pt')

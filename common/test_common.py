@@ -43,7 +43,7 @@ from common.files import (can_be_mapped, check_origin, load_checkpoint, load_res
 from common.images import captions_of, open_data, read_image, token_data, word_ids
 from common.run import (LAUNCHER, Log, Muon, Stop, apply_gradients, configure, console, ema_update,
                         launched, make_optimizers, micro_rng, out_folder, report_bench, report_error,
-                        results_file, setting_names, split_batch, try_writing, wanted_instead)
+                        results_files, setting_names, split_batch, try_writing, wanted_instead)
 from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
                              word_teacher)
 from common.testing import (FULL, HERE, SCRIPTS, UNTRAINED, capture, exits_with, golden, mini,
@@ -193,7 +193,9 @@ def test_results_are_named_by_every_setting_that_differs_and_go_where_they_can_b
     made, base = set(), dict(seed=0, ref='', steps=0, ckpt='x', note='')
     for changes in (dict(), dict(seed=1), dict(steps=8), dict(seed=1, steps=8), dict(ref='a/r.npz'), dict(ref='b/r.npz'),
                     dict(note='a ' * 99), dict(note='b ' * 99)):
-        made.add(results_file(f'{tmp_path}/x', 'metrics', {**base, **changes}, [*changes, 'ckpt']))
+        named, *newest = results_files(f'{tmp_path}/x', 'metrics', {**base, **changes}, [*changes, 'ckpt'])
+        made.add(named)
+        assert newest == [f'{tmp_path}/x-metrics.json'] * bool(changes)
     assert len(made) == 8
     assert f'{tmp_path}/x-metrics-seed=1-steps=8.json' in made and f'{tmp_path}/x-metrics.json' in made
     assert os.listdir(tmp_path) == []                  # it was only tried
@@ -201,7 +203,7 @@ def test_results_are_named_by_every_setting_that_differs_and_go_where_they_can_b
     before = os.getcwd()
     os.chdir(tmp_path)
     with capture() as text:
-        elsewhere = results_file('file/x', 'metrics', base, [])
+        elsewhere, = results_files('file/x', 'metrics', base, [])
     os.chdir(before)
     assert elsewhere == 'out/file-x-metrics.json'
     assert 'it is written to out/file-x-metrics.json' in text.getvalue()
@@ -944,7 +946,7 @@ def test_everything_of_a_reference_is_checked_at_once(tmp_path):
         'negative variance': dict(sigma=np.diag([1., 1, -1])), 'a negative variance': dict(sigma=np.ones((3, 3)) - np.eye(3)),
         'of float64': dict(arr_0=np.zeros((5, 4, 4, 3))), '(5, 3, 4, 4)': dict(arr_0=np.zeros((5, 3, 4, 4), np.uint8)),
         '(5, 2048)': dict(arr_0=np.zeros((5, 2048), np.uint8)), 'of object': dict(arr_0=np.array([{}])),
-        '4 to 100000': dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), 'row by row': dict(arr_0=np.asfortranarray(good['arr_0']))}
+        '4 to 100000': dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), 'column by column': dict(arr_0=np.asfortranarray(good['arr_0']))}
     for words, changes in cases.items():
         arrays = {key: value for key, value in {**good, **changes}.items() if value is not None}
         np.savez(path, **arrays)

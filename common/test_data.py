@@ -729,6 +729,8 @@ def test_one_rule_says_which_files_are_images_and_counts_the_others(tmp_path):
     noise(f'{data}/old/deep/tokenizer.png', 52)                # an earlier run, and this one
     write_in(f'{data}/old/deep/tokenizer.log.jsonl', '')
     noise(f'{data}/out/png/0.png', 53)
+    noise(f'{data}/drawn/00000.png', 54)                       # by sample.py, as the file beside it says
+    write_in(f'{data}/drawn.json', json.dumps(dict(model='x.pt', network='a', prompts='b')))
     os.mkfifo(f'{data}/dog/pipe.png')
     for target, link in (('..', 'dog/loop'), ('/', 'dog/all'), ('../dog', 'cat/dogs'), (data, 'cat/self'),
                          ('../cat/0.png', 'dog/cat.png'), ('nowhere.png', 'dog/dead.png')):
@@ -737,7 +739,7 @@ def test_one_rule_says_which_files_are_images_and_counts_the_others(tmp_path):
     source = quiet(I.open_data, data, 16, 50_000, None, f'{data}/out')
     assert names_of(source) == wanted and source.words == ('cat', 'dog')
     assert text.count('\n') == 1
-    for reason in ('4 not images by their ending (.json, .db, ', '5 hidden', '1 no plain files',
+    for reason in ('5 not images by their ending (.json, .db, ', '1 folder where runs write (drawn)', '5 hidden', '1 no plain files',
                    '5 links to what is there already', '1 dead links', '1 outside the class folders',
                    '9 in labels (no image is readable)', '1 folder where runs write (old/deep)',
                    '1 folder where runs write (out)'):
@@ -821,7 +823,7 @@ def test_halves_share_no_image_and_count_none_twice_where_files_are_unreadable(t
         write(f'{data}/dog/{k}.JPEG', 'no image')
     source = opened(data)
     with capture():
-        reference = Reference(source, 100)
+        reference = Reference(source, UNTRAINED, 100)
         captions, images = reference.prompts(15)
         again, _ = reference.prompts(100)
     index, others, name = source.reference_split(100)

@@ -163,7 +163,7 @@ def run_anew(command, processes, before):
     launch = [sys.executable]
     if processes > 1:
         launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
-                   '--no-python', sys.executable]
+                   '--no-python', '--', sys.executable]        # without -- it takes --n for its own
     start = 'import runpy, sys\nrunpy.run_path(sys.argv.pop(1), None, "__main__")'
     launch += ['-c', before + QUICK + start]
     done = subprocess.run(launch + command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
