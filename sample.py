@@ -264,7 +264,7 @@ def check_model():
     idle = {key: kind for key in others if not (key == 'steps' and steps <= 1)}
     if is_teacher and (law or loaded.net.law) != 'maskbit':
         idle['power'] = 'draws by another law than maskbit'
-    if not loaded.tokenizer.source:
+    if 'kind' not in loaded.tokenizer.pack():          # a published one has a path
         idle['tokenizer_path'] = 'holds its tokenizer'
     if not loaded.encoder:
         idle['text_path'] = 'reads no text by CLIP'
