@@ -57,9 +57,13 @@ def configure(g, recipes=None, handed_on=None, argv=None):
     handed = handed_on({**defaults, **given}) if handed_on else {}
     kind = {**defaults, **handed, **given}.get('teacher')
     recipe = (recipes or {}).get(kind, {})
-    for key, value in {**handed, **recipe}.items():
+    for key, value in recipe.items():
         if key not in keys or type(value) is not type(g[key]):
-            raise ValueError(f'{key}={value!r} in a recipe or checkpoint is no setting of {script} and of its type')
+            raise TypeError(f'{script}: {key}={value!r} in a recipe is no setting of this script and type')
+    for key, value in handed.items():
+        if type(value) is not type(g[key]):
+            raise ValueError(f'{script}: a checkpoint hands on {key}={value!r}, expected a {type(g[key]).__name__}; was '
+                             'it edited?')
     usual = {**defaults, **handed, **recipe}
     settings = {**usual, **given}
     changed = [key for key in given if given[key] != usual[key]]

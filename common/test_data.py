@@ -449,7 +449,8 @@ def test_rare_words_become_one_word_and_prompts_may_hold_new_ones(tmp_path):
     captioned(tmp_path)
     write(f'{tmp_path}/other.png', b'')
     text = printed(I.open_data, str(tmp_path), 16)
-    assert '12 captions of up to 5 words' in text and '12 captions hold rare words, 12 in' in text
+    assert '12 captions, from metadata.csv, of up to 5 words' in text
+    assert '12 captions hold rare words, 12 in' in text
     assert '1 images' in text and 'other.png' in text
 
     source = opened(tmp_path)
@@ -546,8 +547,12 @@ def test_problems_of_captions_are_one_line(tmp_path):
         refuses(f'{tmp_path}/a', *words)
     refuses(tmp_path, 'a/metadata.jsonl', f'give --data={tmp_path}/a')
     os.remove(f'{tmp_path}/a/metadata.jsonl')
-    write(f'{tmp_path}/a/03.txt', 'a cat')
-    refuses(f'{tmp_path}/a', '11 of 12 images have no .txt', '00.png')
+    for k in range(11):
+        write(f'{tmp_path}/a/{k:02d}.txt', 'a cat')
+        if k < 5:                                              # fewer than half have one: classes
+            assert quiet(I.open_data, f'{tmp_path}/a', 16).words == ('image',)
+        else:
+            refuses(f'{tmp_path}/a', f'{11 - k} of 12 images have no .txt', f'{k + 1:02d}.png')
 
 
 def test_tars_are_to_be_unpacked(tmp_path):
@@ -682,7 +687,7 @@ def test_tokenizer_and_teacher_train_on_captions_and_take_new_words(tmp_path):
              'model.py': ['--D=16', '--depth=1', '--n_head=1']}
     for script, settings in small.items():
         text = must_run(script, f'--data={tmp_path}/data', '--steps=4', f'--out_dir={tmp_path}/out', *settings)
-        assert '24 captions of up to 5 words' in text
+        assert '24 captions, from metadata.csv, of up to 5 words' in text
     loaded = load_teacher('ours', f'{tmp_path}/out/model.pt')
     source = opened(f'{tmp_path}/data')
     assert loaded.words == list(source.words) and loaded.net.config['T'] == 5
