@@ -231,7 +231,7 @@ class Discriminator(nn.Module):
 def make_discriminator(loaded):
     """Heads for a teacher, of random weights."""
     net = loaded.net
-    pooled = net.pooled(loaded.encode(loaded.examples(1)))        # (1, C)
+    pooled = net.pooled(loaded.encode(loaded.first(1)))        # (1, C)
     return Discriminator(net.D, net.grid, head_layers(len(net.blocks)), pooled.shape[1], disc_width, spectral)
 
 

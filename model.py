@@ -683,13 +683,13 @@ def token_entropy(logits):
     return entropy, log_p.max(-1).values.exp().mean()
 
 
+# -----------------------------------------------------------------------------
+# Training the small teacher
+
 def in_use(s):
     """Which words of USES count with the settings `s`."""
     return [f'--data={s.data}']
 
-
-# -----------------------------------------------------------------------------
-# Training the small teacher
 
 if __name__ == '__main__':
     import os

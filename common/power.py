@@ -5,7 +5,6 @@ clean ones, by the reader and by toy features.
 $ python -m common.power --out_dir=out         # reads out/tokenizer.pt; about 2 minutes on one core
 """
 import os
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -219,8 +219,7 @@ def key_of(source):
     """A digest of the images and of the recipe: a reader of other images, or made otherwise, is
     never used."""
     recipe = [SIDE, CHANNELS, WIDTH, FOR_WHOLE, N_IMAGES, STEPS, BATCH, RATE, RAREST, NOISE, SEED, CELL,
-              MOST_PASTED, ZOOM, W_WHOLE,
-              VISIBLE]
+              MOST_PASTED, ZOOM, W_WHOLE, VISIBLE]
     text = json.dumps([*source.key(), recipe])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
