@@ -1663,6 +1663,17 @@ def test_tteo_writes_its_table_curve_and_grid_whatever_the_batch(tmp_path):
     assert 'best of 11' in text
 
 
+def test_tteo_compares_its_images_with_real_ones(tmp_path):
+    text, found = run_tteo(f'{tmp_path}/far', '--n_reference=40')
+    generator, optimised, chosen = found['distances']
+    assert column(found['distances'], 'name') == column(found['table'], 'name')
+    assert optimised['accuracy'] == found['table'][1]['accuracy']
+    assert generator['reader'] != optimised['reader'] != chosen['reader']
+    assert '40 held-out renders' in text
+    must_refuse(f'tteo.py --ckpt={tiny_run()[0]}/reward.pt --n=3 --n_reference=40 --name={tmp_path}/x',
+                words='at least 4 images')
+
+
 def test_the_first_draw_of_tteo_is_what_sample_draws(tmp_path):
     folder, _ = tiny_run()
     _, found = run_tteo(f'{tmp_path}/x')

@@ -14,6 +14,7 @@ The held-out reward and the checker are reported, never looked at.
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
 $ python tteo.py --ckpt out/distill.pt --best_of 64                         # the control with another N
+$ python tteo.py --ckpt out/reward.pt --n=2000 --n_reference=5000           # distances and coverage, too
 Expected (2 CPU cores, shapes world): a minute; numbers in assets/RESULTS.md.
 """
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from common.files import check_origin, load_checkpoint, settings_of
+from common.metrics import Reference, show_table
 from common.pictures import save_curve, save_grid
 from common.rewards import (load_held_out, load_rewards, needs_small_rewards, published_in_use, reward_sum,
                             small_reward_origin)
@@ -38,6 +40,7 @@ ckpt = 'out/reward.pt'  # any generator: distill.pt, gan.pt, reward.pt; rewards.
 prompt = ''            # one caption for all images; '' = n held-out captions of all tasks
 data = ''              # where the images are now that it was trained on, if they have moved
 n = 0                  # images, 0 = 16 of one prompt or 300 of all tasks
+n_reference = 0        # real images that these are compared with, in distance and coverage; 0 = not compared
 seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
 name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo beside the checkpoint
@@ -83,12 +86,13 @@ RECIPES = {
 INHERITED = ('teacher', 'text_path', 'r_init', 'sigma_init', 'tau')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    n=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'),
+    n=0, n_reference=0, batch=1, starts=1, iterations=1, clip=0, best_of=0, relax=('soft', 'gumbel', 'st'),
     output=('soft', 'tokens'), r_init=(0, 1), sigma_init=(0, 1), tau=1e-6,
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'))
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 USES = {
+    'all tasks (no --prompt)': 'n_reference',
     '--teacher=maskgit': 'tokenizer_path',
     '--teacher=maskbit': 'tokenizer_path',
     '--teacher=maskgen': 'tokenizer_path text_path',
@@ -280,7 +284,10 @@ def check_small_rewards(world_file, loaded):
 
 def in_use(s):
     """Which words of USES count with the settings `s`."""
-    return [f'--teacher={s.teacher}', *published_in_use(s)]
+    words = [f'--teacher={s.teacher}', *published_in_use(s)]
+    if not s.prompt:
+        words.append('all tasks (no --prompt)')
+    return words
 
 
 def handed_on(settings):
@@ -338,6 +345,16 @@ if __name__ == '__main__':
             right = torch.from_numpy(loaded.source.follows(images, captions)).to(run.device)
         return held, right
 
+    # Load what the images are compared with
+    reference = None
+    if n_reference:
+        if min(n_images, n_reference) < 4:
+            raise ValueError(f'--n={n_images} --n_reference={n_reference}: a distance needs at least 4 images each')
+        reference = Reference.of(loaded, folder, n_reference)
+        if not reference:
+            raise ValueError(f'{ckpt}: was made without data, so there is nothing to compare with; leave out '
+                             '--n_reference')
+
     # Run both
     passes = [passes_of(k, output, starts) for k in range(iterations + 1)]
     draws = control_draws()
@@ -350,6 +367,12 @@ if __name__ == '__main__':
                           (f'best of {draws}', draws, ms_control, control, -1)], tasks, task_names)
     print(f'{n_images} images, seeds ({seed}, 0..{n_images - 1}), {output} output; they are chosen by the reward, so '
           'its value is no evidence: read the held-out reward and the checker')
+    distances = []
+    if reference:
+        for row, images in zip(table, (before, after, chosen)):
+            measured = reference.measure(images, captions)
+            distances.append(dict(name=row['name'], passes=row['passes'], ms=row['ms'], **measured))
+        show_table(distances)
     trajectory, best_of_n = history(ascent, passes), history(control, range(1, draws + 1))
     column, label = 'kept', 'reward'
     if judges:
@@ -359,7 +382,8 @@ if __name__ == '__main__':
     save_curve(f'{stem}-curve.png', {'TTEO': [(row['passes'], row[column]) for row in trajectory],
                                      'best of N': [(row['passes'], row[column]) for row in best_of_n]}, label)
     with writing(f'{stem}.json'), open(f'{stem}.json', 'w', encoding='utf-8') as file:
-        json.dump(dict(config=config, table=table, trajectory=trajectory, best_of=best_of_n), file, indent=1)
+        json.dump(dict(config=config, table=table, distances=distances, trajectory=trajectory,
+                       best_of=best_of_n), file, indent=1)
     pick = torch.linspace(0, n_images - 1, min(n_images, 16)).long()
     save_grid(f'{stem}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
               columns=len(pick))
