@@ -63,6 +63,15 @@ USES = {'--data=shapes': 'n_images', '--data=shapes-open': 'n_images'}
 # -----------------------------------------------------------------------------
 # The transformer
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, (B, H, L, d) each. A CPU's fused kernel is slow in bf16, its backward
+    most of all, so it is written out there."""
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)     # (B, H, L, L)
+    return scores.float().softmax(-1).to(v.dtype) @ v
+
+
 class Block(nn.Module):
     """Attention and MLP with residuals, norms before (MaskGIT) or after (MaskBit): (B, L, D) -> (B,
     L, D)."""
@@ -79,13 +88,9 @@ class Block(nn.Module):
 
     def attention(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x)
-        if not x.is_cuda:                                      # a CPU's bf16 attention is slow: its backward
-            qkv = qkv.to(self.qkv.weight.dtype)                # takes five times that of float32
-        with torch.autocast('cpu', enabled=False):
-            qkv = qkv.view(B, L, 3, self.n_head, D // self.n_head)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, H, L, D / H) each
-            h = F.scaled_dot_product_attention(q, k, v)
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                   # (B, H, L, D / H) each
+        h = attend(q, k, v)
         return self.proj(h.transpose(1, 2).reshape(B, L, D))
 
     def forward(self, x):

@@ -219,6 +219,16 @@ def test_blocks_equal_torchs_encoder_layers_with_norms_before_and_after():
 # -----------------------------------------------------------------------------
 # Masking, token initialisation
 
+def test_attention_is_the_softmax_average_in_bf16_too():
+    q, k, v = torch.randn(3, 2, 3, 20, 8, dtype=torch.float64)
+    weights = torch.exp(q @ k.transpose(-2, -1) / 8 ** 0.5)
+    wanted = weights @ v / weights.sum(-1, keepdim=True)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        found = M.attend(q.to(dtype), k.to(dtype), v.to(dtype))
+        assert found.dtype == dtype
+        assert (found.double() - wanted).abs().max() < tolerance
+
+
 def test_mask_ratio_follows_its_law():
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
     assert torch.allclose(torch.cos(M.mask_ratio(u) * math.pi / 2), u)
