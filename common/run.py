@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import dis
+import functools
 import hashlib
 import io
 import json
@@ -316,6 +317,7 @@ def start_run(batch_size=0, micro_batch=0, half=('cuda', 'cpu')):
                            autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16))
 
 
+@functools.cache
 def has_bf16(cuda):
     if cuda:
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -501,8 +503,8 @@ def set_rates(optimizers, factor):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (Jordan et al. 2024: Nesterov momentum, its singular values pushed to about
-    1 by five Newton-Schulz steps) in float32 on a CPU: there torch's, always in bfloat16, takes 30
-    % of a distillation step."""
+    1 by five Newton-Schulz steps) with matrices of one shape as one batch, and in float32 where the
+    device has no bfloat16."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -532,7 +534,7 @@ def orthogonalised(x):
     of the quintic a s + b s^3 + c s^5 with the coefficients that Jordan et al. tuned for speed
     near 0."""
     a, b, c = 3.4445, -4.775, 2.0315
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x.to(torch.bfloat16 if has_bf16(x.is_cuda) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
