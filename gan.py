@@ -32,7 +32,7 @@ from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_
                         rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
                         start_run, take_step)
 from common.teachers import copy_of, load_teacher, same_origin, teacher_file
-from model import (aux_loss, both, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
+from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
                    random_numbers, random_positions, relaxation_bias, relaxed, remask, student_sampler,
                    surrogate, teacher_passes, token_entropy)
 from tokenizer import hash_of_weights
@@ -287,14 +287,17 @@ def divergence(nets, x_t, mask, cond):
 
 def look(net, real, logits, cond, rng):
     """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
-    r ~ U[0, r_max], in one pass of the frozen teacher -> its hidden states, real half first: list
-    of (2 B, L, D); r (B, 1)."""
+    r ~ U[0, r_max], through the frozen teacher -> its hidden states, real half first: list of (2 B,
+    L, D); r (B, 1)."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
     mask = random_positions(real.shape, (r * net.N).round(), rng, real.device)
     fake_emb = net.embed(relaxed(logits, relax, tau_soft, rng), mask)          # Soft-Di[M]O Eq. 3
     real_emb = net.embed(real, mask)
     layers = head_layers(len(net.blocks))
-    states = net.features(torch.cat([real_emb, fake_emb]), both(cond, cond), layers)
+    with torch.no_grad():                              # no gradient is asked of the real half
+        real_states = net.features(real_emb, cond, layers)
+    fake_states = net.features(fake_emb, cond, layers)
+    states = [torch.cat(pair) for pair in zip(real_states, fake_states)]
     return states, r
 
 
