@@ -110,6 +110,7 @@ teacher_cfg = 1.5      # guidance at the last step, rising from 1
 teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
+half_decoder = True    # decode for the rewards in bf16 where the device computes in it; tables decode in float32
 grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
 bench = False          # time 20 steps and stop
 
@@ -238,7 +239,7 @@ def update(nets, optimizers, loaded, run, step):
         captions, cond, emb, logits, tokens = draw_batch(nets, loaded, run, rng)
         # Rewards, whose weights rise over the ramp
         weight = min(1, (step + 1) / max(1, ramp * steps))
-        reward_grad, images = reward_gradient(logits, captions, loaded.tokenizer, loaded.rewards, rng,
+        reward_grad, images = reward_gradient(logits, captions, loaded.decoder, loaded.rewards, rng,
                                               weight)
         grad = torch.zeros_like(reward_grad)
         # Di[M]O: the regulariser, and the auxiliary model's own loss
@@ -329,6 +330,8 @@ def load_start(folder, run):
     loaded.rewards = load_rewards(globals(), world_file, run.device)
     if not loaded.rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
+    if half_decoder:
+        loaded.decode_fast(run)
     loaded.held_out = load_held_out(globals(), world_file, run.device)
     return loaded, start
 

@@ -67,6 +67,7 @@ tau = 1.0              # softmax temperature times the run's tau_sample: below 1
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
 batch = 250            # images per forward pass; lower it when memory runs out
+half_decoder = True    # decode pictures in bf16 where the device computes in it; tables decode in float32
 weights = 'ema'        # ema (averaged) or net (the last iterate)
 grid = ''              # picture to write, '' = samples.png beside the checkpoint
 png_dir = ''           # also write every image as a PNG file into this folder, as it is drawn; what is there is kept
@@ -116,9 +117,9 @@ USES = {
     '--metrics and rewards': 'prompts',
     '--sweep': f'metrics sweep n_metrics n_reference {REWARDS}',
     '--imagereward_path': 'bert_path',
-    '--layout --prompts, and --png_dir or --npz': 'layout prompts png_dir npz cfg_scale gumbel',
-    '--bench': 'bench cfg_scale gumbel',
-    'drawing': 'n grid png_dir npz cfg_scale gumbel',
+    '--layout --prompts, and --png_dir or --npz': 'layout prompts png_dir npz half_decoder cfg_scale gumbel',
+    '--bench': 'bench half_decoder cfg_scale gumbel',
+    'drawing': 'n grid png_dir npz half_decoder cfg_scale gumbel',
     'drawing texts': 'prompt prompts',
     'drawing a class': 'label',
     'a model': 'seed steps law power tau tau_sample top_k top_p r_init sigma_init tokenizer_path data',
@@ -130,7 +131,7 @@ USES = {
 TEACHERS_OWN = ('steps', 'cfg_scale', 'gumbel', 'law', 'power', 'sweep')     # without effect on a one-step generator
 GENERATORS_OWN = ('r_init', 'sigma_init')                                   # the reverse
 MADE_BY = ('weights', 'seed', 'cfg_scale', 'gumbel', 'law', 'power', 'top_k', 'top_p', 'r_init', 'sigma_init',
-           'layout')                                   # what the images in a folder have in common
+           'layout', 'half_decoder')                   # what the images in a folder have in common
 SHOWN = 256                                            # most images of a grid
 # -----------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ def time_one_batch():
 
     def decode_batch():
         for begin in range(0, batch, size):
-            loaded.tokenizer.decode(tokens[begin:begin + size], captions[begin:begin + size])
+            loaded.decoder.decode(tokens[begin:begin + size], captions[begin:begin + size])
     decode_batch()
     network = batch / timed(draw_batch, 3, run.device)
     decoder = batch / timed(decode_batch, 3, run.device)
@@ -450,7 +451,7 @@ def draw_grid():
             save_grid(picture, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, captions)
             print(f'the first {len(pixels)} -> {picture}')
         return
-    images, ms = render(sampler(cfg_scale, gumbel), loaded, captions, seed, batch)
+    images, ms = render(sampler(cfg_scale, gumbel), loaded, captions, seed, batch, loaded.decoder)
     save_grid(picture, images, captions)
     print(f'{n} images, seeds ({seed}, 0..{n - 1}), {passes(cfg_scale)} network pass(es), {ms:.1f} ms per image on '
           f'{run.device} -> {picture}')
@@ -466,6 +467,8 @@ def handed_on(settings):
         made['batch'] = RECIPES[kind]['batch']
     return made
 
+
+PICTURES = ('--layout --prompts, and --png_dir or --npz', '--bench', 'drawing')       # no numbers come of them here
 
 ACTIONS = {
     '--metrics --inception --ref': measure_inception,
@@ -497,5 +500,7 @@ if __name__ == '__main__':
     if n_steps > loaded.net.N:
         raise ValueError(f'--steps={steps} is more than the {loaded.net.N} tokens of an image; '
                          f'try --steps={loaded.net.N}')
+    if half_decoder and what in PICTURES:
+        loaded.decode_fast(run)
     ACTIONS[what]()
     end_run()

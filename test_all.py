@@ -106,6 +106,25 @@ def test_a_new_codebook_has_codes_for_rare_patches():
 # -----------------------------------------------------------------------------
 # Transformer and soft embedding
 
+def test_a_decoder_in_bf16_draws_nearly_the_same_and_passes_nearly_the_same_gradient():
+    tokenizer = small_tokenizer().requires_grad_(False)
+    logits = torch.randn(3, 16, 12)
+    found = {}
+    for dtype in (None, torch.float32, torch.bfloat16):
+        decoder = tokenizer.decoder_in(dtype) if dtype else tokenizer
+        z = logits.clone().requires_grad_()
+        images = decoder.decode(z.softmax(-1))
+        images.square().sum().backward()
+        assert images.dtype == torch.float32
+        found[dtype] = images.detach(), z.grad
+        assert (decoder.decode(logits.argmax(-1)) - tokenizer.decode(logits.argmax(-1))).abs().max() < 0.05
+    images, grad = found[None]
+    for dtype, tolerance, alike in ((torch.float32, 1e-5, 0.999999), (torch.bfloat16, 0.05, 0.99)):
+        assert (found[dtype][0] - images).abs().max() < tolerance
+        assert F.cosine_similarity(found[dtype][1].flatten(1), grad.flatten(1)).min() > alike
+    assert tokenizer.decoder.conv_in.weight.dtype == torch.float32
+
+
 def test_one_hot_is_bitwise_the_hard_path_in_every_layout():
     for model, tokenizer in layouts():
         ids = torch.randint(model.V, (3, model.N))
@@ -1642,7 +1661,7 @@ def test_reward_alone_raises_the_reward(tmp_path):
 
 def run_tteo(name, settings=''):
     """-> what it printed, what it wrote."""
-    text = must_run(f'tteo.py --ckpt={tiny_run()[0]}/reward.pt --iterations=2 --starts=2 --n=5 '
+    text = must_run(f'tteo.py --ckpt={tiny_run()[0]}/reward.pt --iterations=2 --starts=2 --n=5 --half_decoder=false '
                     f'--name={name} {settings}')
     with open(f'{name}.json') as file:
         return text, json.load(file)

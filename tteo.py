@@ -59,6 +59,7 @@ pull = 0.0             # weight of |e - e_start|^2 / 2 per image
 relax = 'soft'         # soft, gumbel or st, as in reward.py
 output = 'soft'        # the image handed out and scored: soft decode, free here; tokens: argmax, a pass more per step
 best_of = 0            # draws of the control, 0 = as many as cost the same passes
+half_decoder = True    # decode in bf16 where the device computes in it
 # rewards, as in reward.py
 w_clip = 1.0
 w_clipscore = 0.0
@@ -116,7 +117,7 @@ def passes_of(iterations, output, starts=1):
 def drawing(loaded, cond, captions, rngs):
     """-> draw(emb (B, L, D)) -> images to differentiate, images handed out: soft decodes, or those
     of the likeliest tokens."""
-    decode = loaded.tokenizer.decode
+    decode = loaded.decoder.decode
 
     def draw(emb):
         logits = loaded.net(emb, cond)
@@ -321,6 +322,9 @@ if __name__ == '__main__':
     judges = {}
     if held_out != 'none':
         judges = load_held_out(config, world_file, run.device)
+
+    if half_decoder:
+        loaded.decode_fast(run)
 
     # Choose the captions
     n_images = n or (16 if prompt else 300)

@@ -151,7 +151,7 @@ def draw_folder(draw, loaded, jobs, folder, made, seed, batch):
 def draw_batch(draw, loaded, jobs, folder, seed):
     captions = [job.prompt for job in jobs]
     tokens = draw(loaded.encode(captions), image_rngs(seed, [job.k for job in jobs], loaded.device))
-    images = decode_images(loaded.tokenizer, tokens, captions)
+    images = decode_images(loaded.decoder, tokens, captions)
     for job, image in zip(jobs, images):
         if job.metadata is not None:
             write_metadata(folder, job)

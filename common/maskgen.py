@@ -9,6 +9,7 @@ decoder reads the text too.
 In order: the parts that Meissonic is made of as well; `JointMDM`, the interface of `MDM` on them;
 MaskGen; TA-TiTok; the published names and files.
 """
+import copy
 import math
 
 import torch
@@ -413,6 +414,16 @@ class TATiTok(nn.Module):
         h = h.view(B, side, side, patch, patch, 3)             # rows, columns; inside a patch
         images = h.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, side * patch, side * patch)
         return self.smooth(images) * 2 - 1
+
+    def decoder_in(self, dtype):
+        """As of a `Tokenizer`: it decodes under autocast to `dtype`."""
+        other = copy.copy(self)
+
+        def decode_latents(z, captions=None):
+            with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+                return self.decode_latents(z, captions).to(z.dtype)
+        other.decode_latents = decode_latents
+        return other
 
     def guide(self, captions, B):
         """Captions, or their guide itself -> guide (B, T, C). Raises ValueError."""

@@ -305,11 +305,11 @@ class NoReference:
 
 
 @torch.no_grad()
-def render(sample, loaded, captions, seed, batch=250):
+def render(sample, loaded, captions, seed, batch=250, decoder=None):
     """Draw n captions in batches with sample(cond, rng) -> tokens: images (n, 3, H, W) on the CPU,
-    milliseconds per image. Image k follows from (seed, k). The time is that of sampling and
-    decoding: a text encoder remembers its prompts, so its time would fall on the first sampler of a
-    table alone."""
+    decoded by `decoder`, None being the tokenizer in float32; milliseconds per image. Image k follows
+    from (seed, k). The time is that of sampling and decoding: a text encoder remembers its prompts,
+    so its time would fall on the first sampler of a table alone."""
     images = []
     seconds = 0.0
     for start in range(0, len(captions), batch):
@@ -319,7 +319,7 @@ def render(sample, loaded, captions, seed, batch=250):
         begin = time.time()
         rngs = image_rngs(seed, range(start, start + len(part)), loaded.device)
         tokens = sample(cond, rngs)
-        images.append(decode_images(loaded.tokenizer, tokens, part))   # waits for the device
+        images.append(decode_images(decoder or loaded.tokenizer, tokens, part))   # waits for the device
         seconds += time.time() - begin
     return torch.cat(images), seconds * 1000 / len(captions)
 

@@ -64,6 +64,7 @@ class Teacher:
     def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None,
                  encoder=None):
         self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
+        self.decoder = tokenizer                               # where its speed counts; see `decode_fast`
         self.encode_batch = encode_batch or encode
         self.prompts, self.packed_prompts = prompts, packed_prompts
         self.data, self.words, self.config = data, words, config
@@ -90,6 +91,10 @@ class Teacher:
         if self.data:
             origin['data'] = self.source.digest()
         return origin
+
+    def decode_fast(self, run):
+        """From here on `decoder` decodes in bf16 where the device computes in it."""
+        self.decoder = self.tokenizer.decoder_in(run.half)
 
     def examples(self, n):
         """n of the prompts, spread over all of them."""
