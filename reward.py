@@ -111,7 +111,7 @@ teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 half_decoder = True    # decode for the rewards in bf16 where the device computes in it; tables decode in float32
-grad_checkpoint = False  # recompute the blocks of generator and auxiliary in backward: less memory, a third more time
+grad_checkpoint = False  # recompute the blocks of generator, auxiliary, decoder and rewards in backward: less memory, more time
 bench = False          # time 20 steps and stop
 
 # What --teacher=NAME changes. Text to image: the paper names neither prompts nor reward weights; ours are ReNO's times
@@ -315,6 +315,11 @@ def load_start(folder, run):
     """-> the teacher with what surrounds it, the rewards too; the checkpoint that generator and
     auxiliary model start from."""
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
+    if bench and teacher_path == 'random':
+        loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device, text_path or 'random')
+        loaded.rewards, weights = load_rewards(globals(), '', run.device), loaded.net.state_dict()
+        loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
+        return loaded, dict(stage='model', ema=weights, aux=weights)
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
     if not start['data'] and needs_small_rewards(globals()):
         raise ValueError(f'{init}: was made without data, which the small rewards are trained on; use published ones, '
@@ -330,8 +335,7 @@ def load_start(folder, run):
     loaded.rewards = load_rewards(globals(), world_file, run.device)
     if not loaded.rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
-    if half_decoder:
-        loaded.decode_fast(run)
+    loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
     loaded.held_out = load_held_out(globals(), world_file, run.device)
     return loaded, start
 

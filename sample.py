@@ -500,7 +500,7 @@ if __name__ == '__main__':
     if n_steps > loaded.net.N:
         raise ValueError(f'--steps={steps} is more than the {loaded.net.N} tokens of an image; '
                          f'try --steps={loaded.net.N}')
-    if half_decoder and what in PICTURES:
-        loaded.decode_fast(run)
+    if what in PICTURES:
+        loaded.decode_for_gradients(run, half_decoder, False)
     ACTIONS[what]()
     end_run()

@@ -125,6 +125,26 @@ def test_a_decoder_in_bf16_draws_nearly_the_same_and_passes_nearly_the_same_grad
     assert tokenizer.decoder.conv_in.weight.dtype == torch.float32
 
 
+def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+    found = {}
+    for recomputed in (False, True):
+        loaded = small_teacher(small_model())
+        loaded.decode_for_gradients(SimpleNamespace(half=torch.float32), True, recomputed)
+        z = torch.linspace(-2, 2, 3 * 16 * 12).view(3, 16, 12).sin().requires_grad_()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            images = loaded.decoder.decode(z.softmax(-1))
+        images.square().sum().backward()
+        found[recomputed] = sum(kept), z.grad
+    assert found[True][0] < 0.5 * found[False][0]
+    assert torch.equal(found[True][1], found[False][1])
+
+
 def test_one_hot_is_bitwise_the_hard_path_in_every_layout():
     for model, tokenizer in layouts():
         ids = torch.randint(model.V, (3, model.N))

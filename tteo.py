@@ -14,6 +14,7 @@ The held-out reward and the checker are reported, never looked at.
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
 $ python tteo.py --ckpt out/distill.pt --best_of 64                         # the control with another N
+$ python tteo.py --teacher=maskgen --ckpt=random --bench --w_clipscore=1 --clip_path=random --w_hps=0 --w_pick=0 --w_imagereward=0
 $ python tteo.py --ckpt out/reward.pt --n=2000 --n_reference=5000           # distances and coverage, too
 Expected (2 CPU cores, shapes world): a minute; numbers in assets/RESULTS.md.
 """
@@ -29,9 +30,9 @@ from common.metrics import Reference, show_table
 from common.pictures import save_curve, save_grid
 from common.rewards import (load_held_out, load_rewards, needs_small_rewards, published_in_use, reward_sum,
                             small_reward_origin)
-from common.run import (configure, image_rngs, progress, rng_for, start_run, synchronise, try_writing, writable,
-                        writing)
-from common.teachers import unpack
+from common.run import (configure, image_rngs, progress, report_bench, rng_for, start_run, synchronise, try_writing,
+                        writable, writing)
+from common.teachers import load_teacher, unpack
 from model import relaxed, start_embedding
 
 # -----------------------------------------------------------------------------
@@ -60,6 +61,8 @@ relax = 'soft'         # soft, gumbel or st, as in reward.py
 output = 'soft'        # the image handed out and scored: soft decode, free here; tokens: argmax, a pass more per step
 best_of = 0            # draws of the control, 0 = as many as cost the same passes
 half_decoder = True    # decode in bf16 where the device computes in it
+grad_checkpoint = False  # recompute the blocks of generator, decoder and rewards in backward: less memory, more time
+bench = False          # time 20 steps of a batch and stop
 # rewards, as in reward.py
 w_clip = 1.0
 w_clipscore = 0.0
@@ -283,6 +286,27 @@ def check_small_rewards(world_file, loaded):
     check_origin(world_file, made, small_reward_origin(loaded))
 
 
+def load_generator(run):
+    """-> the generator with what surrounds it; with --bench also a teacher of random weights."""
+    if bench and ckpt == 'random':
+        return load_teacher(teacher, ckpt, ckpt, '', 0, run.device, ckpt)
+    state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
+    loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt, text_path)
+    loaded.data = data or loaded.data
+    return loaded
+
+
+def time_a_step(loaded, captions, rewards, run):
+    """--bench: a gradient step of TTEO on as many images as there are captions."""
+    start, draw = fresh_start(loaded, captions, slice(0, len(captions)), 0)
+
+    def step():
+        emb = start.detach().requires_grad_() * 1      # no leaf, on which the counter of FLOPs trips
+        value = reward_sum(rewards, draw(emb)[0], captions)
+        step_up(emb, start, value)
+    report_bench(step, len(captions), run)
+
+
 def in_use(s):
     """Which words of USES count with the settings `s`."""
     words = [f'--teacher={s.teacher}', *published_in_use(s)]
@@ -293,6 +317,8 @@ def in_use(s):
 
 def handed_on(settings):
     """What the generator's checkpoint says that it was made with."""
+    if settings['bench'] and settings['ckpt'] == 'random':
+        return {}
     return settings_of(settings['ckpt'], INHERITED)
 
 
@@ -305,26 +331,25 @@ if __name__ == '__main__':
         raise ValueError('runs as one process; start it with python, not torchrun')
 
     # Load the generator and the rewards
-    state = load_checkpoint(ckpt, 'distill|gan|reward', 'Make one with: python reward.py', fallback=True)
-    loaded = unpack(state, run.device, 'ema', tokenizer_path, ckpt, text_path)
-    loaded.data = data or loaded.data
+    loaded = load_generator(run)
     folder = os.path.dirname(ckpt)
     world_file = os.path.join(folder, 'rewards.pt')
     stem = name
-    if not name:
+    if not name and not bench:
         stem = writable(os.path.join(folder, 'tteo.json')).removesuffix('.json')
-    try_writing(f'{stem}.json')                        # before slow work
+    if not bench:
+        try_writing(f'{stem}.json')                    # before slow work
     if needs_small_rewards(config):
         check_small_rewards(world_file, loaded)
     rewards = load_rewards(config, world_file, run.device)
     if not rewards:
         raise ValueError('every reward has weight 0; give one, as in --w_clip=1')
     judges = {}
-    if held_out != 'none':
+    if held_out != 'none' and not bench:
         judges = load_held_out(config, world_file, run.device)
 
-    if half_decoder:
-        loaded.decode_fast(run)
+    loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
+    loaded.net.checkpointing = grad_checkpoint
 
     # Choose the captions
     n_images = n or (16 if prompt else 300)
@@ -334,6 +359,9 @@ if __name__ == '__main__':
     elif not prompt:
         captions = loaded.examples(n_images)
     loaded.encode(captions[:1])                        # an unknown word is said before slow work
+    if bench:
+        time_a_step(loaded, captions[:batch], rewards, run)
+        raise SystemExit
     tasks, task_names, checked = np.array([''] * n_images), [], False
     if loaded.data:
         tasks, checked = np.array(loaded.source.tasks(captions)), loaded.source.judges

@@ -19,8 +19,9 @@ from common.files import (build, check_weights, check_origin, digest_of, load_ch
 from common.images import encode_images, word_ids
 from common.metrics import NoReference, Reference
 from common.published import needed, read_published
-from common.run import cosine_law, meet, progress, rng_for
+from common.run import cosine_law, meet, progress, recompute, rng_for
 from common.text import COMMON_WORDS, check_reads_text, tell_if_cut
+from model import Block
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -31,16 +32,21 @@ REWARDS = ('clip', 'clipscore', 'hps', 'pick', 'imagereward')  # a setting w_NAM
 def load_reward(name, settings, world_file, device):
     """The reward of that name -> function (images, prompts) -> (B,). Raises ValueError where a file
     or a package is missing, or does not fit."""
+    recomputed = settings.get('grad_checkpoint', False)
     if name == 'clip':
         return world_reward(world_file, 'clip', device)
+    if name == 'clipscore' and settings['clip_path'] == 'random':
+        if not settings.get('bench'):
+            raise ValueError('--clip_path=random is a stand-in to be timed; it goes with --bench')
+        return random_reward(device, recomputed)
     if name == 'clipscore':
-        return clip_reward('clipscore', settings['clip_path'], settings['clip_path'], device)
+        return clip_reward('clipscore', settings['clip_path'], settings['clip_path'], device, recomputed)
     if name == 'hps':
-        return clip_reward('hps', settings['hps_path'], settings['clip_path'], device)
+        return clip_reward('hps', settings['hps_path'], settings['clip_path'], device, recomputed)
     if name == 'pick':
-        return clip_reward('pick', settings['pick_path'], settings['clip_path'], device)
+        return clip_reward('pick', settings['pick_path'], settings['clip_path'], device, recomputed)
     if name == 'imagereward':
-        return image_reward(settings['imagereward_path'], settings['bert_path'], device)
+        return image_reward(settings['imagereward_path'], settings['bert_path'], device, recomputed)
     raise ValueError(f'there is no reward {name!r}, expected one of {", ".join(REWARDS)}')
 
 
@@ -284,11 +290,11 @@ def unit_features(found):
     return F.normalize(features, dim=-1)
 
 
-def clip_reward(kind, path, clip_path, device):
+def clip_reward(kind, path, clip_path, device, recomputed=False):
     """CLIP ViT-H/14 in three sets of weights, f and g unit vectors of image and prompt. Kind
     clipscore: CLIP score 100 f.g; hps: HPSv2.1 f.g (arXiv 2306.09341); pick: PickScore
     exp(logit_scale) f.g (arXiv 2305.01569). `path` holds the weights, `clip_path` the word
-    tokenizer. Raises ValueError."""
+    tokenizer; `recomputed`, see `recompute`. Raises ValueError."""
     if kind == 'hps':
         model, words = load_hps(path, clip_path)
     else:
@@ -297,6 +303,8 @@ def clip_reward(kind, path, clip_path, device):
     length = model.config.text_config.max_position_embeddings
     scales = {'clipscore': 100.0, 'hps': 1.0, 'pick': model.logit_scale.exp().item()}
     scale = scales[kind]
+    if recomputed:
+        recompute(model.vision_model.encoder.layers)
     read = word_reader(words, length, model.config.text_config.vocab_size, clip_path)
 
     def text_features(prompts):
@@ -314,6 +322,29 @@ def clip_reward(kind, path, clip_path, device):
         f = unit_features(model.get_image_features(pixel_values=pixels))
         g = known_features(prompts)
         return scale * (f * g).sum(-1)
+    return score
+
+
+STAND_IN = dict(width=1280, depth=32, n_head=16, patch=14)     # the image tower of CLIP ViT-H/14
+
+
+def random_reward(device, recomputed):
+    """A stand-in of the size of CLIP ViT-H/14 with random weights, without text: to time a run and to
+    see its memory."""
+    width, patch = STAND_IN['width'], STAND_IN['patch']
+    blocks = nn.ModuleList()
+    for _ in range(STAND_IN['depth']):
+        blocks.append(Block(width, STAND_IN['n_head'], 4 * width, post_norm=False, eps=1e-5))
+    tower = nn.ModuleDict(dict(patches=nn.Conv2d(3, width, patch, patch), blocks=blocks))
+    tower = frozen(tower, device)
+    if recomputed:
+        recompute(tower.blocks)
+
+    def score(images, prompts):
+        states = tower.patches(pixels_224(images)).flatten(2).transpose(1, 2)      # (B, 256, width)
+        for block in tower.blocks:
+            states = block(states)
+        return F.normalize(states.mean(1), dim=-1)[:, 0]
     return score
 
 
@@ -403,7 +434,7 @@ def imagereward_network(transformers, state):
     return nn.ModuleDict({'visual': visual, 'text': text, 'mlp': nn.Sequential(layers)})
 
 
-def image_reward(path, bert_path, device):
+def image_reward(path, bert_path, device, recomputed=False):
     """ImageReward (arXiv 2304.05977): BERT whose words look at BLIP's image tokens, and a linear
     map of its first state (five layers without activations). Words and pixels meet in every layer,
     so there are no text features to remember. Raises ValueError."""
@@ -414,6 +445,8 @@ def image_reward(path, bert_path, device):
         words = transformers.AutoTokenizer.from_pretrained(bert_path)
     restore(network, needed(network, state, path), path, 'ImageReward')
     network = frozen(network, device)
+    if recomputed:
+        recompute([*network.visual.encoder.layers, *network.text.encoder.layer])
     read_words = word_reader(words, IMAGEREWARD_WORDS, network.text.config.vocab_size, bert_path)
 
     def score(images, prompts):

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 RULE = '# ' + '-' * 77                                 # stands before and after the settings of a script
@@ -625,6 +626,21 @@ def compile_blocks(*networks, twice=False):
     for network in networks:
         for block in network.blocks:
             block.compile()
+
+
+def recompute(modules):
+    """In place: these modules keep only their inputs for the backward pass, and compute once more there:
+    less memory, more time."""
+    for module in modules:
+        module.forward = forgetful(module.forward)
+
+
+def forgetful(forward):
+    def call(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return call
 
 
 # -----------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
 from common.published import count_numbers, fill, found_numbers, read_published, seeded, shape_of
-from common.run import HERE, LAUNCHER, on_stop_signals
+from common.run import HERE, LAUNCHER, on_stop_signals, recompute
 from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS
-from model import MDM
-from tokenizer import Tokenizer, bit_rows, hash_of_weights
+from model import MDM, Block
+from tokenizer import Attention, ResBlock, Tokenizer, bit_rows, hash_of_weights
 
 KINDS = ('maskgit', 'maskbit', 'maskgen', 'meissonic')
 CLASS_KINDS = ('maskgit', 'maskbit')
@@ -64,7 +64,7 @@ class Teacher:
     def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None,
                  encoder=None):
         self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
-        self.decoder = tokenizer                               # where its speed counts; see `decode_fast`
+        self.decoder = tokenizer                               # where its speed counts; see `decode_for_gradients`
         self.encode_batch = encode_batch or encode
         self.prompts, self.packed_prompts = prompts, packed_prompts
         self.data, self.words, self.config = data, words, config
@@ -92,9 +92,13 @@ class Teacher:
             origin['data'] = self.source.digest()
         return origin
 
-    def decode_fast(self, run):
-        """From here on `decoder` decodes in bf16 where the device computes in it."""
-        self.decoder = self.tokenizer.decoder_in(run.half)
+    def decode_for_gradients(self, run, half, recomputed):
+        """From here on `decoder` decodes in bf16, if asked and where the device computes in it; its blocks
+        may compute once more in the backward pass."""
+        if half or recomputed:                                 # a decoder apart: tables use the tokenizer
+            self.decoder = self.tokenizer.decoder_in(run.half if half else torch.float32)
+        if recomputed:
+            recompute([m for m in self.decoder.modules() if isinstance(m, (Block, ResBlock, Attention))])
 
     def examples(self, n):
         """n of the prompts, spread over all of them."""

@@ -1662,7 +1662,10 @@ sizes = dict(V=16, D=32, n_joint=1, n_single=1, n_head=2, grid=4, C=24, axes=(4,
 meissonic.SIZE.update(sizes)
 sizes = dict(image_size=16, ch=32, ch_mult='1,1,1', n_res=1, n_codes=16, code_dim=5, mid=1, up=1, z=6, stem=32)
 meissonic.VQ_SIZE.update(sizes)
+from common import rewards
+rewards.STAND_IN.update(width=32, depth=2, n_head=2, patch=56)
 """
+STAND_IN = '--w_clipscore=1 --clip_path=random --w_clip=0 --w_hps=0 --w_imagereward=0 --held_out=none'
 
 
 def test_the_published_sizes_of_text_teachers_are_timed_without_any_file():
@@ -1670,6 +1673,10 @@ def test_the_published_sizes_of_text_teachers_are_timed_without_any_file():
         ask = f'--bench --teacher={kind} --teacher_path=random'
         for script in ('distill.py', 'gan.py'):
             text = must_run(f'{script} {ask} --batch_size=2 --micro_batch=1', before=SMALL_SIZES)
+            assert 'ms_per_step' in text
+        switch = '--grad_checkpoint --half_decoder=false' if kind == 'maskgen' else ''
+        for command in (f'reward.py {ask} --batch_size=2', f'tteo.py --bench --teacher={kind} --ckpt=random --w_pick=0 --batch=2'):
+            text = must_run(f'{command} {STAND_IN} {switch}', before=SMALL_SIZES)
             assert 'ms_per_step' in text
         text = must_run(f'sample.py {ask} --steps=4 --batch=3', before=SMALL_SIZES)
         assert 'steps 4, passes 8, batch 3, images_per_s' in text
