@@ -49,6 +49,7 @@ import sample
 import tokenizer as T
 import tteo
 from common import run as common_run
+from common import timing
 from common.images import captions_of, open_data, word_ids
 from common.metrics import Reference
 from common.rewards import TwoTower, world_reward
@@ -1925,6 +1926,23 @@ def test_every_recipe_can_be_taken_is_printed_and_gives_way_to_the_command_line(
             assert f' --{key}=' not in text
 
 
+def test_every_command_that_is_timed_on_a_gpu_is_one_that_its_script_takes():
+    scripts = {f'{script.__name__}.py': script for script in TEACHERS_OWN}
+    seen = set()
+    for kind in timing.SIZES:
+        for command in timing.commands(kind):
+            name, *arguments = command.split()
+            settings, _ = configured(scripts[name], *arguments)
+            assert settings['bench'] and settings['teacher'] == kind, command
+            seen.add(name)
+    assert seen == set(scripts)
+    line = 'bench: steps 1, images_per_s of the network 12.5, of the decoder 4.0, of both 3.0'
+    assert timing.numbers_of(f'x\n{line}\n')['network'] == 12.5
+    assert timing.numbers_of('no such line') == {}
+    table = must_run('common/timing.py --minutes=0 --teacher=maskgit')
+    assert table.count('not run: no time was left') == len(timing.commands('maskgit'))
+
+
 def test_help_shows_the_recipes():
     for script in TEACHERS_OWN:
         text = must_run(f'{script.__name__}.py --help')
@@ -1994,7 +2012,7 @@ def test_errors_of_the_scripts_are_one_line(tmp_path):
 PACKAGES = {'torch', 'numpy', 'tqdm', 'PIL', 'scipy', *sys.stdlib_module_names}
 HELPERS = ['run', 'world', 'files', 'published', 'folders', 'images', 'pictures', 'reader', 'metrics', 'text', 'rewards']
 KNOW_THE_METHOD = ['teachers', 'maskgen', 'meissonic']
-FOR_TESTS = ['testing', 'rehearsal', 'power', 'test_common', 'test_data', 'test_text']
+FOR_TESTS = ['testing', 'rehearsal', 'power', 'timing', 'test_common', 'test_data', 'test_text']
 GUARD = 'main guard'
 
 
