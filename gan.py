@@ -8,9 +8,9 @@ out against other GANs on frozen features: R1 penalty, augmentation, batch stati
 pass serves all updates; one pass of the teacher over real and fake serves both players. Our choice:
 Muon on the heads' matrices, which learn the game first, alone.
 
-$ python gan.py                                         # after distill.py; about 6 minutes on 2 CPU cores
+$ python gan.py                                         # after distill.py; 9 minutes on one CPU core
 $ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --out_dir=out/smoke
-$ python gan.py --relax=st --init=out/distill.pt --out_dir=out/st                    # straight-through
+$ python gan.py --relax=st --tau_soft=0.3               # where the generator stays unsure, as on photos: see `relax`
 $ torchrun --nproc_per_node=8 gan.py --init=out/maskbit/distill.pt --data=imagenet/train   # a published teacher
 Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, printed at its end.
 """
@@ -71,7 +71,7 @@ disc_warmup = 200      # steps of the discriminator alone before the first updat
 disc_width = 256       # width of a head, at most the teacher's
 spectral = False       # spectral norm on the heads' linear layers (one power iteration per micro-batch)
 # Di[M]O
-steps = 600            # generator updates
+steps = 1500           # generator updates; 600 are too few to show anything
 batch_size = 32        # images per update, all processes together; paper 64
 micro_batch = 0        # images per forward pass on one device, 0 = all; lower it to save memory
 generator_lr = 5e-5    # Adam; paper 5e-7 on everything in the long MaskBit run
