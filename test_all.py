@@ -1458,7 +1458,7 @@ def test_what_is_drawn_is_the_one_step_generator_with_the_settings_of_its_run(tm
     tokenizer = T.Tokenizer.from_checkpoint(state['tokenizer'])
     for weights in ('ema', 'net'):
         must_run(f'sample.py --ckpt={tmp_path}/cold.pt --prompt "a red circle" --n=3 '
-                 f'--weights={weights} --png_dir={tmp_path}/{weights}')
+                 f'--weights={weights} --half_decoder=false --png_dir={tmp_path}/{weights}')
         generator = network_of(state, weights)
         student = M.student_sampler(generator, distill.r_init, distill.sigma_init, 0.5)
         tokens = student(cond, image_rngs(0, range(3)))

@@ -21,7 +21,6 @@ from common.metrics import NoReference, Reference
 from common.published import needed, read_published
 from common.run import cosine_law, meet, progress, recompute, rng_for
 from common.text import COMMON_WORDS, check_reads_text, tell_if_cut
-from model import Block
 
 # -----------------------------------------------------------------------------
 # The interface
@@ -334,7 +333,8 @@ def random_reward(device, recomputed):
     width, patch = STAND_IN['width'], STAND_IN['patch']
     blocks = nn.ModuleList()
     for _ in range(STAND_IN['depth']):
-        blocks.append(Block(width, STAND_IN['n_head'], 4 * width, post_norm=False, eps=1e-5))
+        blocks.append(nn.TransformerEncoderLayer(width, STAND_IN['n_head'], 4 * width, dropout=0.0,
+                                                 activation='gelu', batch_first=True, norm_first=True))
     tower = nn.ModuleDict(dict(patches=nn.Conv2d(3, width, patch, patch), blocks=blocks))
     tower = frozen(tower, device)
     if recomputed:

@@ -6,7 +6,6 @@ time is over. A row that had no time says so.
 $ python -m common.timing                      # one GPU: ten minutes at most
 $ python -m common.timing --minutes=3 --teacher=maskgit
 """
-import os
 import re
 import subprocess
 import sys
