@@ -499,6 +499,8 @@ def handed_on(settings):
     generator's settings."""
     folder = out_folder(settings['out_dir'], settings['teacher'])
     start = settings['init'] or os.path.join(folder, 'distill.pt')
+    if settings['bench'] and settings['teacher_path'] == 'random':
+        return dict(init=start)
     return dict(settings_of(start, INHERITED), init=start)
 
 

@@ -4,7 +4,7 @@ Stage 2b, rewards (Soft-Di[M]O, arXiv 2509.22925): follow the prompt better, by 
     loss = - sum_i w_i R_i(decode(softmax(z)), prompt) + w_dimo Di[M]O surrogate
 
 Left out: the GAN term (start from its result instead, --init=out/gan.pt: both terms in one loop would
-double this file) and activation checkpointing. Added: a held-out reward that is never optimised and
+double this file). Added: a held-out reward that is never optimised and
 ends the run when it turns. The settings of the Di[M]O term (r_init, beta, tau, ...) are read from the
 checkpoint that the run starts from.
 
@@ -111,7 +111,7 @@ teacher_gumbel = 8.0   # Gumbel temperature of the confidence, falling to 0
 # system
 compile = False        # torch.compile the blocks of the three networks
 half_decoder = True    # decode for the rewards in bf16 where the device computes in it; tables decode in float32
-grad_checkpoint = False  # recompute the blocks of generator, auxiliary, decoder and rewards in backward: less memory, more time
+grad_checkpoint = False  # recompute the blocks of networks, decoder and rewards in backward: less memory, more time
 bench = False          # time 20 steps and stop
 
 # What --teacher=NAME changes. Text to image: the paper names neither prompts nor reward weights; ours are ReNO's times
@@ -308,6 +308,8 @@ def handed_on(settings):
     generator's settings."""
     folder = out_folder(settings['out_dir'], settings['teacher'])
     start = settings['init'] or os.path.join(folder, 'distill.pt')
+    if settings['bench'] and settings['teacher_path'] == 'random':
+        return dict(init=start)
     return dict(settings_of(start, INHERITED), init=start)
 
 
@@ -317,8 +319,11 @@ def load_start(folder, run):
     path = teacher_file(teacher, teacher_path, teacher_ckpt, folder, init)
     if bench and teacher_path == 'random':
         loaded = load_teacher(teacher, path, tokenizer_path, '', teacher_heads, run.device, text_path or 'random')
-        loaded.rewards, weights = load_rewards(globals(), '', run.device), loaded.net.state_dict()
-        loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
+        if needs_small_rewards(globals()):
+            raise ValueError('--teacher_path=random has no data to train the small rewards on; add --w_clip=0 '
+                             '--held_out=none --w_clipscore=1 --clip_path=random')
+        loaded.rewards = load_rewards(globals(), '', run.device)
+        weights = loaded.net.state_dict()
         return loaded, dict(stage='model', ema=weights, aux=weights)
     start = load_checkpoint(init, 'distill|gan|reward', 'Make it with: python distill.py', fallback=True)
     if not start['data'] and needs_small_rewards(globals()):
@@ -333,9 +338,6 @@ def load_start(folder, run):
     if needs_small_rewards(globals()):
         make_rewards(world_file, loaded, globals(), run)
     loaded.rewards = load_rewards(globals(), world_file, run.device)
-    if not loaded.rewards:
-        raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
-    loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
     loaded.held_out = load_held_out(globals(), world_file, run.device)
     return loaded, start
 
@@ -352,6 +354,9 @@ if __name__ == '__main__':
     if not bench:
         claim(out, resume or overwrite)
     loaded, start = load_start(folder, run)
+    if not loaded.rewards:
+        raise ValueError('every reward has weight 0; give one, as in --w_clip=10')
+    loaded.choose_decoder(run, half_decoder, grad_checkpoint)
 
     # Build the networks
     nets = SimpleNamespace(teacher=loaded.net)

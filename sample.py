@@ -12,7 +12,7 @@ $ python sample.py --teacher=maskgit --teacher_path=... --tokenizer_path=... --l
 $ python sample.py --ckpt out/model.pt --sweep                                 # guidance x Gumbel temperature
 $ python sample.py --teacher=maskgit --teacher_path=random --steps=16 --bench  # images per second, without any file
 $ torchrun --nproc_per_node=8 sample.py --ckpt out/distill.pt --metrics --n_metrics=50000 --batch=64 \
-      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; RESULTS.md, section 16: where from
+      --inception=inception-2015-12-05.pt --ref=VIRTUAL_imagenet256_labeled.npz    # FID, IS; RESULTS.md, section 10: where from
 $ python sample.py --inception=inception-2015-12-05.pt --ref=mine.npz --ref_from=FOLDER    # a reference of one's own
 $ torchrun --nproc_per_node=8 -- sample.py --ckpt out/distill.pt --n=50000 --npz=out/50000.npz    # for the ADM suite
 Expected: a grid of 32 images within seconds on 2 CPU cores.
@@ -67,7 +67,7 @@ tau = 1.0              # softmax temperature times the run's tau_sample: below 1
 top_k = 0              # keep this many codes per position, 0 = all
 top_p = 0.0            # keep the likeliest codes up to this total probability, 0 = all
 batch = 250            # images per forward pass; lower it when memory runs out
-half_decoder = True    # decode pictures in bf16 where the device computes in it; tables decode in float32
+half_decoder = True    # decode the grid in bf16 where the device computes in it; tables and folders decode in float32
 weights = 'ema'        # ema (averaged) or net (the last iterate)
 grid = ''              # picture to write, '' = samples.png beside the checkpoint
 png_dir = ''           # also write every image as a PNG file into this folder, as it is drawn; what is there is kept
@@ -117,7 +117,7 @@ USES = {
     '--metrics and rewards': 'prompts',
     '--sweep': f'metrics sweep n_metrics n_reference {REWARDS}',
     '--imagereward_path': 'bert_path',
-    '--layout --prompts, and --png_dir or --npz': 'layout prompts png_dir npz half_decoder cfg_scale gumbel',
+    '--layout --prompts, and --png_dir or --npz': 'layout prompts png_dir npz cfg_scale gumbel',
     '--bench': 'bench half_decoder cfg_scale gumbel',
     'drawing': 'n grid png_dir npz half_decoder cfg_scale gumbel',
     'drawing texts': 'prompt prompts',
@@ -131,7 +131,7 @@ USES = {
 TEACHERS_OWN = ('steps', 'cfg_scale', 'gumbel', 'law', 'power', 'sweep')     # without effect on a one-step generator
 GENERATORS_OWN = ('r_init', 'sigma_init')                                   # the reverse
 MADE_BY = ('weights', 'seed', 'cfg_scale', 'gumbel', 'law', 'power', 'top_k', 'top_p', 'r_init', 'sigma_init',
-           'layout', 'half_decoder')                   # what the images in a folder have in common
+           'layout')                                   # what the images in a folder have in common
 SHOWN = 256                                            # most images of a grid
 # -----------------------------------------------------------------------------
 
@@ -468,8 +468,6 @@ def handed_on(settings):
     return made
 
 
-PICTURES = ('--layout --prompts, and --png_dir or --npz', '--bench', 'drawing')       # no numbers come of them here
-
 ACTIONS = {
     '--metrics --inception --ref': measure_inception,
     '--metrics': measure_toy,
@@ -500,7 +498,7 @@ if __name__ == '__main__':
     if n_steps > loaded.net.N:
         raise ValueError(f'--steps={steps} is more than the {loaded.net.N} tokens of an image; '
                          f'try --steps={loaded.net.N}')
-    if what in PICTURES:
-        loaded.decode_for_gradients(run, half_decoder, False)
+    if what in ('--bench', 'drawing') and not (png_dir or npz):        # what lies in a folder may be measured
+        loaded.choose_decoder(run, half_decoder)
     ACTIONS[what]()
     end_run()

@@ -135,7 +135,8 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
     found = {}
     for recomputed in (False, True):
         loaded = small_teacher(small_model())
-        loaded.decode_for_gradients(SimpleNamespace(half=torch.float32), True, recomputed)
+        loaded.choose_decoder(SimpleNamespace(fast_dtype=torch.float32), True, recomputed)
+        assert not any('forward' in vars(m) for m in loaded.tokenizer.modules())       # a copy is changed
         z = torch.linspace(-2, 2, 3 * 16 * 12).view(3, 16, 12).sin().requires_grad_()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -1458,7 +1459,7 @@ def test_what_is_drawn_is_the_one_step_generator_with_the_settings_of_its_run(tm
     tokenizer = T.Tokenizer.from_checkpoint(state['tokenizer'])
     for weights in ('ema', 'net'):
         must_run(f'sample.py --ckpt={tmp_path}/cold.pt --prompt "a red circle" --n=3 '
-                 f'--weights={weights} --half_decoder=false --png_dir={tmp_path}/{weights}')
+                 f'--weights={weights} --png_dir={tmp_path}/{weights}')
         generator = network_of(state, weights)
         student = M.student_sampler(generator, distill.r_init, distill.sigma_init, 0.5)
         tokens = student(cond, image_rngs(0, range(3)))

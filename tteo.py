@@ -14,7 +14,6 @@ The held-out reward and the checker are reported, never looked at.
 $ python tteo.py --ckpt out/reward.pt --prompt "a red circle left of a blue square"   # 16 images, before and after
 $ python tteo.py --ckpt out/reward.pt                                       # captions of all six tasks: table and curve
 $ python tteo.py --ckpt out/distill.pt --best_of 64                         # the control with another N
-$ python tteo.py --teacher=maskgen --ckpt=random --bench --w_clipscore=1 --clip_path=random --w_hps=0 --w_pick=0 --w_imagereward=0
 $ python tteo.py --ckpt out/reward.pt --n=2000 --n_reference=5000           # distances and coverage, too
 Expected (2 CPU cores, shapes world): a minute; numbers in assets/RESULTS.md.
 """
@@ -60,7 +59,7 @@ pull = 0.0             # weight of |e - e_start|^2 / 2 per image
 relax = 'soft'         # soft, gumbel or st, as in reward.py
 output = 'soft'        # the image handed out and scored: soft decode, free here; tokens: argmax, a pass more per step
 best_of = 0            # draws of the control, 0 = as many as cost the same passes
-half_decoder = True    # decode in bf16 where the device computes in it
+half_decoder = True    # decode in bf16 where the device computes in it, for the tables, too
 grad_checkpoint = False  # recompute the blocks of generator, decoder and rewards in backward: less memory, more time
 bench = False          # time 20 steps of a batch and stop
 # rewards, as in reward.py
@@ -302,7 +301,10 @@ def time_a_step(loaded, captions, rewards, run):
 
     def step():
         emb = start.detach().requires_grad_() * 1      # no leaf, on which the counter of FLOPs trips
-        value = reward_sum(rewards, draw(emb)[0], captions)
+        images, handed_out = draw(emb)
+        value = reward_sum(rewards, images, captions)
+        if handed_out is not images:
+            reward_sum(rewards, handed_out, captions)
         step_up(emb, start, value)
     report_bench(step, len(captions), run)
 
@@ -348,11 +350,13 @@ if __name__ == '__main__':
     if held_out != 'none' and not bench:
         judges = load_held_out(config, world_file, run.device)
 
-    loaded.decode_for_gradients(run, half_decoder, grad_checkpoint)
+    loaded.choose_decoder(run, half_decoder, grad_checkpoint)
     loaded.net.checkpointing = grad_checkpoint
 
     # Choose the captions
     n_images = n or (16 if prompt else 300)
+    if bench:
+        n_images = batch
     captions = [prompt] * n_images
     if not prompt and loaded.data:
         captions = loaded.source.captions(loaded.source.test_examples(n_images))
@@ -360,7 +364,7 @@ if __name__ == '__main__':
         captions = loaded.examples(n_images)
     loaded.encode(captions[:1])                        # an unknown word is said before slow work
     if bench:
-        time_a_step(loaded, captions[:batch], rewards, run)
+        time_a_step(loaded, captions, rewards, run)
         raise SystemExit
     tasks, task_names, checked = np.array([''] * n_images), [], False
     if loaded.data:

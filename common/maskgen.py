@@ -9,6 +9,7 @@ decoder reads the text too.
 In order: the parts that Meissonic is made of as well; `JointMDM`, the interface of `MDM` on them;
 MaskGen; TA-TiTok; the published names and files.
 """
+import contextlib
 import copy
 import math
 
@@ -69,7 +70,7 @@ def attend(q, k, v, rope=None):
     if rope is not None:
         q = rotate(q, rope)
         k = rotate(k, rope)
-    with torch.autocast('cpu', enabled=False):                 # as in model.Block
+    with torch.autocast('cpu', enabled=False):
         h = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
     return h.transpose(1, 2).flatten(2)
 
@@ -328,6 +329,7 @@ class TATiTok(nn.Module):
         self.N, self.V, self.S, self.grid = N, V, 1, None
         self.text = None
         self.source = None
+        self.autocast = contextlib.nullcontext()               # around the decoder, see `decoder_in`
         self.batch = max(1, min(256, 2 ** 21 // image_size ** 2))    # images that fit one pass
         self.side = image_size // patch                        # patches in a row
         patches = self.side ** 2
@@ -409,20 +411,18 @@ class TATiTok(nn.Module):
         codes = self.from_code(z) + self.code_pos
         text = self.text_proj(guide) + self.text_pos
         h = torch.cat([blank.expand(B, -1, -1), codes, text], 1)     # (B, 1 + patches + N + T, dec)
-        h = self.decoder(self.dec_norm(h))
-        h = self.to_pixels(h[:, 1:side ** 2 + 1])              # (B, patches, 3 patch^2)
-        h = h.view(B, side, side, patch, patch, 3)             # rows, columns; inside a patch
+        with self.autocast:
+            h = self.decoder(self.dec_norm(h))
+            h = self.to_pixels(h[:, 1:side ** 2 + 1])          # (B, patches, 3 patch^2)
+        h = h.to(z.dtype).view(B, side, side, patch, patch, 3)             # rows, columns; inside a patch
         images = h.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, side * patch, side * patch)
         return self.smooth(images) * 2 - 1
 
     def decoder_in(self, dtype):
         """As of a `Tokenizer`: it decodes under autocast to `dtype`."""
         other = copy.copy(self)
-
-        def decode_latents(z, captions=None):
-            with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-                return self.decode_latents(z, captions).to(z.dtype)
-        other.decode_latents = decode_latents
+        other._modules = dict(self._modules, encoder=None, decoder=copy.deepcopy(self.decoder))
+        other.autocast = torch.autocast(self.table.device.type, dtype, enabled=dtype != torch.float32)
         return other
 
     def guide(self, captions, B):

@@ -606,7 +606,7 @@ def read_reference(path, network, device, batch):
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
             zlib.error) as error:
         raise ValueError(f'--ref={path}: {first_line(error, 200)}; expected an npz with mu and sigma, as the ADM suite publishes '
-                         '(assets/RESULTS.md, section 16), or as --ref_from=FOLDER makes it') from None
+                         '(assets/RESULTS.md, section 10), or as --ref_from=FOLDER makes it') from None
     return SimpleNamespace(mean=mean, covariance=covariance, features=torch.cat(features) if features else None)
 
 

@@ -285,9 +285,10 @@ def launched():
 
 def start_run(batch_size=0, micro_batch=0, half=('cuda', 'cpu')):
     """Join the torchrun group, if there is one, and split the global batch. -> run, with rank,
-    world (processes), device, autocast, half (the fastest precision of the device), micro (images a
-    forward pass), accumulate (passes an update). One process per GPU with nccl, gloo on the CPU; bf16 autocast on the devices in `half`
-    that compute in it, else float32, and no float16 path."""
+    world (processes), device, autocast, fast_dtype (bfloat16 where the device computes in it), micro
+    (images a forward pass), accumulate (passes an update). One process per GPU with nccl, gloo on the
+    CPU; bf16 autocast on the devices in `half` that compute in it, else float32, and no float16
+    path."""
     rank, world, local = launched()
     cuda = torch.cuda.is_available()
     device = torch.device('cpu')
@@ -315,7 +316,7 @@ def start_run(batch_size=0, micro_batch=0, half=('cuda', 'cpu')):
         print(f'{world} process(es) on {name}: {precision}')
     micro, accumulate = split_batch(batch_size, micro_batch, world)
     return SimpleNamespace(rank=rank, world=world, device=device, micro=micro, accumulate=accumulate,
-                           half=torch.bfloat16 if can else torch.float32,
+                           fast_dtype=torch.bfloat16 if can else torch.float32,
                            autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16))
 
 

@@ -20,7 +20,7 @@ from common.images import captions_of, open_data, word_encoder
 from common.maskgen import MaskGen, TATiTok, published_maskgen, published_tatitok
 from common.meissonic import Meissonic, published_meissonic, published_meissonic_vq
 from common.published import count_numbers, fill, found_numbers, read_published, seeded, shape_of
-from common.run import HERE, LAUNCHER, on_stop_signals, recompute
+from common.run import HERE, LAUNCHER, on_stop_signals, recompute, say
 from common.text import PromptFile, RandomText, load_text_encoder, same_prompts
 from common.world import WORLDS
 from model import MDM, Block
@@ -64,7 +64,7 @@ class Teacher:
     def __init__(self, kind, net, tokenizer, encode, prompts, packed_prompts, data, words, config, encode_batch=None,
                  encoder=None):
         self.kind, self.net, self.tokenizer, self.encode = kind, net, tokenizer, encode
-        self.decoder = tokenizer                               # where its speed counts; see `decode_for_gradients`
+        self.decoder = tokenizer                               # where its speed counts; see `choose_decoder`
         self.encode_batch = encode_batch or encode
         self.prompts, self.packed_prompts = prompts, packed_prompts
         self.data, self.words, self.config = data, words, config
@@ -92,13 +92,15 @@ class Teacher:
             origin['data'] = self.source.digest()
         return origin
 
-    def decode_for_gradients(self, run, half, recomputed):
-        """From here on `decoder` decodes in bf16, if asked and where the device computes in it; its blocks
-        may compute once more in the backward pass."""
-        if half or recomputed:                                 # a decoder apart: tables use the tokenizer
-            self.decoder = self.tokenizer.decoder_in(run.half if half else torch.float32)
+    def choose_decoder(self, run, in_half, recomputed=False):
+        """From here on `decoder`, a copy, decodes in bf16, if asked and where the device computes in it;
+        its blocks may compute once more in the backward pass. `tokenizer` stays as it is."""
+        dtype = run.fast_dtype if in_half else torch.float32
+        self.decoder = self.tokenizer.decoder_in(dtype)
+        say(f'decoder in {str(dtype).removeprefix("torch.")}')
         if recomputed:
-            recompute([m for m in self.decoder.modules() if isinstance(m, (Block, ResBlock, Attention))])
+            blocks = self.decoder.decoder.modules()
+            recompute([m for m in blocks if isinstance(m, (Block, ResBlock, Attention))])
 
     def examples(self, n):
         """n of the prompts, spread over all of them."""

@@ -730,6 +730,23 @@ def test_random_weights_are_built_on_request():
             assert again.digest() == tokenizer.digest()
 
 
+def test_the_text_guided_decoder_in_bf16_is_a_copy_that_draws_nearly_the_same():
+    tokenizer = mini_tatitok().requires_grad_(False)
+    guide = torch.randn(2, 7, 10)
+    ids = torch.randint(tokenizer.V, (2, tokenizer.N))
+    wanted = tokenizer.decode(ids, guide)
+    assert torch.equal(tokenizer.decoder_in(torch.float32).decode(ids, guide), wanted)
+    half = tokenizer.decoder_in(torch.bfloat16)
+    found = half.decode(ids, guide)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert half.decoder is not tokenizer.decoder and half.encoder is None
+    assert torch.equal(tokenizer.decode(ids, guide), wanted)
+    z = torch.randn(2, tokenizer.N, tokenizer.V, requires_grad=True)
+    half.decode(z.softmax(-1), guide).square().sum().backward()
+    assert z.grad.norm() > 0
+
+
 @torch.no_grad()
 def test_a_checkpoint_rebuilds_the_text_guided_tokenizer():
     tokenizer = mini_tatitok()

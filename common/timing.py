@@ -17,11 +17,11 @@ from common.run import HERE, configure
 minutes = 9.5          # after which no command is running any more
 teacher = ''           # only this size; '' = all four
 compile = True         # each training row once more with --compile
-images = 0             # images at once in every row; 0 = those of SIZES
+images = 0             # images of an update in every row; 0 = those of SIZES
 LIMITS = dict(minutes=0, images=0, teacher=('', 'maskgit', 'maskbit', 'maskgen', 'meissonic'))
 # -----------------------------------------------------------------------------
 
-# Images at once in distill.py, gan.py, reward.py, tteo.py, sample.py; the teacher's many steps
+# Images of an update, at once, in distill.py, gan.py, reward.py, tteo.py, sample.py; the teacher's many steps
 SIZES = {
     'maskgit': (192, 112, 16, 16, 128, 64),
     'maskbit': (112, 64, 16, 16, 128, 64),
@@ -36,15 +36,16 @@ def commands(kind):
     """The commands of a size, the most wanted first."""
     distill, gan, reward, tteo, draw, steps = SIZES[kind]
     ask = f'--bench --teacher={kind} --teacher_path=random'
-    training = [f'distill.py {ask} --batch_size={images or distill}',
-                f'gan.py {ask} --batch_size={images or gan}',
-                f'reward.py {ask} {REWARD} --batch_size={images or reward}']
+    rewards = f'reward.py {ask} {REWARD} --micro_batch=0 --batch_size={images or reward}'
+    training = [f'distill.py {ask} --micro_batch=0 --batch_size={images or distill}',
+                f'gan.py {ask} --micro_batch=0 --batch_size={images or gan}',
+                f'{rewards} --grad_checkpoint=false']
     found = [f'sample.py {ask} --student --steps=1 --batch={images or draw}', *training]
     if compile:
         found += [f'{command} --compile' for command in training]
     found += [f'sample.py {ask} --steps={steps} --batch={images or draw}',
               f'tteo.py --bench --teacher={kind} --ckpt=random {REWARD} --w_pick=0 --batch={images or tteo}',
-              f'reward.py {ask} {REWARD} --grad_checkpoint --batch_size={images or reward}',
+              f'{rewards} --grad_checkpoint',
               f'sample.py {ask} --student --steps=1 --half_decoder=false --batch={images or draw}']
     return found
 
