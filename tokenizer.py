@@ -240,7 +240,9 @@ class Tokenizer(nn.Module):
         side = math.isqrt(z.shape[1] // self.S)
         z = z.reshape(len(z), side, side, -1).permute(0, 3, 1, 2)    # (B, S code_dim, grid, grid)
         weights = self.decoder.conv_in.weight
-        images = self.decoder(self.post_quant_conv(z.to(weights.dtype))).to(z.dtype)
+        images = self.decoder(self.post_quant_conv(z.to(weights.dtype)))
+        if weights.dtype != self.table.dtype:                  # of `decoder_in`
+            images = images.to(self.table.dtype)
         return images * 2 - 1 if self.unit_range else images
 
     def decoder_in(self, dtype):

@@ -111,9 +111,9 @@ def test_meissonic_equals_the_golden_logits_at_every_timestep():
     net, x, y = golden_meissonic()
     assert net.config == dict(V=32, D=32, n_joint=2, n_single=2, n_head=2, grid=8, T=77, C=24, axes=(4, 6, 6), pool=2)
     ids = as_ids(x['input_ids'], 39, 32)
-    for name in ('t0', 't37', 'per_sample'):
-        cond = meissonic_condition(x, x[f'timestep_{name}'])
-        near(channels_first(net(ids, cond)), y[f'logits_{name}'])
+    for name, tolerance in (('t0', 1e-4), ('t37', 1e-4), ('per_sample', 4e-3)):
+        cond = meissonic_condition(x, x[f'timestep_{name}'])       # of 500.5 and 1000: angles of 1e6, in which the
+        near(channels_first(net(ids, cond)), y[f'logits_{name}'], tolerance)       # last bit of an exp shows
 
 
 @torch.no_grad()
