@@ -338,13 +338,13 @@ def test_loading_needs_less_than_a_fifth_more_memory_than_the_weights(tmp_path):
         return {key: torch.full(value.shape, 0.5) for key, value in network.state_dict().items()}
     save_safetensors(weights(24), tmp_path / 'wide.safetensors')     # 400 MB
     check('wide.safetensors', 24)
-    state = weights(8)
+    state = weights(12)
     save_safetensors({key: value.half() for key, value in state.items()}, tmp_path / 'half.safetensors')
     torch.save(dict(state_dict=state, optimizer=[torch.zeros(10, 1024, 1024)]), tmp_path / 'wide.ckpt')
     (tmp_path / 'shards').mkdir()
     shard(state, tmp_path / 'shards', 'model', 'safetensors', save_safetensors)
     for name in ('half.safetensors', 'wide.ckpt', 'shards'):
-        check(name, 8)
+        check(name, 12)
 
 
 def test_only_mapped_tensors_are_taken_out_of_memory_and_they_come_back(tmp_path):
