@@ -10,7 +10,7 @@ Muon on the heads' matrices, which learn the game first, alone.
 
 $ python gan.py                                         # after distill.py; 9 minutes on one CPU core
 $ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --out_dir=out/smoke
-$ python gan.py --relax=st --tau_soft=0.3               # where the generator stays unsure, as on photos: see `relax`
+$ python gan.py --relax=st --tau_soft=0.3               # straight-through, at the temperature that samples are drawn at
 $ torchrun --nproc_per_node=8 gan.py --init=out/maskbit/distill.pt --data=imagenet/train   # a published teacher
 Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, printed at its end.
 """
