@@ -5,7 +5,7 @@ The generator's logits enter the frozen teacher as soft embeddings, so a discrim
 on the teacher's features sends gradients back to the generator; the Di[M]O surrogate stays on as the
 regulariser. This is the first stage that sees data. There is no official code to compare with; left
 out against other GANs on frozen features: R1 penalty, augmentation, batch statistics. One generator
-pass serves all updates; one pass of the teacher over real and fake serves both players. Our choice:
+pass serves all updates; one look of the teacher at real and fake serves both players. Our choice:
 Muon on the heads' matrices, which learn the game first, alone.
 
 $ python gan.py                                         # after distill.py; 9 minutes on one CPU core
