@@ -247,8 +247,8 @@ class Tokenizer(nn.Module):
 
     def decoder_in(self, dtype):
         """The same tokenizer to decode with in another precision, channels last, which convolutions
-        like best: in bfloat16 two to five times as fast on a CPU. Gradients pass as before; what goes in and
-        comes out has the precision of the codes."""
+        like best: in bfloat16 two to five times as fast on a CPU. Gradients pass as before; what
+        goes in and comes out has the precision of the codes."""
         other = copy.deepcopy(self)
         other.encoder = None
         other.post_quant_conv.to(dtype)

@@ -414,7 +414,8 @@ class TATiTok(nn.Module):
         with self.autocast:
             h = self.decoder(self.dec_norm(h))
             h = self.to_pixels(h[:, 1:side ** 2 + 1])          # (B, patches, 3 patch^2)
-        h = h.to(z.dtype).view(B, side, side, patch, patch, 3)             # rows, columns; inside a patch
+        h = h.to(z.dtype)
+        h = h.view(B, side, side, patch, patch, 3)             # rows, columns; inside a patch
         images = h.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, side * patch, side * patch)
         return self.smooth(images) * 2 - 1
 

@@ -249,7 +249,8 @@ SPEAKERS = {                   # who can print a message of common/ that names t
     'tokenizer_path': (*DISTILLERS, *DRAWERS), 'teacher_heads': (*DISTILLERS, sample),
     'teacher_ckpt': DISTILLERS, 'teacher_grid': (*DISTILLERS, sample), 'p_full': DISTILLERS, 'p_near': DISTILLERS,
     'held_out': (reward, tteo), 'w_': (), 'ref': (sample,), 'ckpt': DRAWERS,
-    'bench': (reward, tteo), 'clip_path': (reward, *DRAWERS), 'hps_path': (reward, *DRAWERS), 'pick_path': (reward, *DRAWERS),
+    'bench': (reward, tteo),
+    'clip_path': (reward, *DRAWERS), 'hps_path': (reward, *DRAWERS), 'pick_path': (reward, *DRAWERS),
     'imagereward_path': (reward, *DRAWERS), 'bert_path': (reward, *DRAWERS),
     'inception': (sample,), 'inception_sha256': (sample,), 'ref_from': (sample,), 'png_dir': (sample,),
     'image_size': (tokenizer,),                                # "of tokenizer.py", says the message
