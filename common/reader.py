@@ -5,8 +5,9 @@ measure how far other images are from them. What it must read, it sees.
 In the shapes world it learns what lies where; in a folder the class of an image, or the words of
 its caption, from the files themselves, as there are no others. It also learns to tell whole images
 from broken ones, as the faults of a generator are on no real image. Its `features` are the inputs
-of its last layer, scaled so that those of real images have mean 0 and covariance 1. The distance on
-them (common/metrics.py) is Frechet's, but no FID: it compares with nothing outside.
+of its last layer, scaled so that those of real images have mean 0 and, where they differ clearly,
+variance 1. The distance on them (common/metrics.py) is Frechet's, but no FID: it compares with
+nothing outside.
 """
 import hashlib
 import json
@@ -32,6 +33,7 @@ BATCH = 64                 # images an update, and half as many broken ones
 RATE = 4e-3                # peak learning rate of Adam
 RAREST = 5                 # facts that fewer images show, or do not show, are not learned
 NOISE = 0.05               # largest standard deviation of noise on its pixels, so that it overlooks what is faint
+FAINT = 0.01               # a direction of less than this share of the largest variance is not scaled up to it
 SEED = 0
 
 # What counts as broken
@@ -75,15 +77,16 @@ class Reader(nn.Module):
         return torch.cat(parts).double()
 
     def features(self, images):
-        """The same, of mean 0 and covariance 1 over real images."""
+        """The same, of mean 0 over real images, their covariance diagonal and at most 1."""
         return (self.raw_features(images) - self.mean) @ self.scale
 
     def set_scale(self, images):
-        """Make it so for these images. Directions in which they hardly differ are not blown up."""
+        """Make it so for these images. Directions in which they hardly differ are not blown up: what
+        is broken would count hundreds of times as much as a missing colour, which noise then hides."""
         raw = self.raw_features(images)
         self.mean = raw.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(raw.T))
-        values = values.clamp(min=1e-3 * values.max())
+        values = values.clamp(min=FAINT * values.max())
         self.scale = vectors / values.sqrt()                    # one direction a column
 
 
@@ -218,8 +221,8 @@ def train_reader(source):
 def key_of(source):
     """A digest of the images and of the recipe: a reader of other images, or made otherwise, is
     never used."""
-    recipe = [SIDE, CHANNELS, WIDTH, FOR_WHOLE, N_IMAGES, STEPS, BATCH, RATE, RAREST, NOISE, SEED, CELL,
-              MOST_PASTED, ZOOM, W_WHOLE, VISIBLE]
+    recipe = [SIDE, CHANNELS, WIDTH, FOR_WHOLE, N_IMAGES, STEPS, BATCH, RATE, RAREST, NOISE, FAINT, SEED,
+              CELL, MOST_PASTED, ZOOM, W_WHOLE, VISIBLE]
     text = json.dumps([*source.key(), recipe])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -788,13 +788,18 @@ def test_what_lies_where_is_what_the_checker_sees():
     for data in world.WORLDS:
         facts = open_data(data, 32).facts(index)
         found = world.look(open_data(data, 32).batch(index)[0])
-        assert facts.shape == (200, 61) and facts.dtype == bool
-        assert (facts[:, 57:].argmax(1) == found['background']).all()
+        assert facts.shape == (200, 75) and facts.dtype == bool
+        assert (facts[:, -4:].argmax(1) == found['background']).all()
+        assert (facts[:, -8:-4].argmax(1) + 1 == np.bincount(found['image'])).all()
         places = np.zeros((200, 5, 5), dtype=bool)
         places[found['image'], found['row'] // 4 - 2, found['column'] // 4 - 2] = True
         kinds = np.zeros((200, 4, 4, 2), dtype=bool)
         kinds[found['image'], found['color'], found['shape'], found['size']] = True
         assert (np.concatenate([places.reshape(200, 25), kinds.reshape(200, 32)], 1) == facts[:, :57]).all()
+        for column, name in enumerate(['color'] * 4 + ['shape'] * 4 + ['size'] * 2, 57):
+            first = dict(color=57, shape=61, size=65)[name]
+            with_it = found['image'][found[name] == column - first]
+            assert (np.flatnonzero(facts[:, column]) == np.unique(with_it)).all()
 
 
 def quick_reader(**constants):
@@ -822,7 +827,10 @@ def test_the_reader_is_made_once_for_its_data_whatever_else_was_drawn(tmp_path):
         assert other.config != one.config and len(glob.glob(f'{tmp_path}/a/*.pt')) == 2
         features = one.features(source.batch(source.reader_examples(200))[0])
         assert features.dtype == torch.float64 and features.mean(0).abs().max() < 1e-6
-        near(torch.cov(features.T).diagonal()[-20:], torch.ones(20, dtype=torch.float64), 1e-6)
+        covariance = torch.cov(features.T)
+        near(covariance, covariance.diagonal().diag(), 1e-6)
+        near(covariance.diagonal()[-5:], torch.ones(5, dtype=torch.float64), 1e-6)
+        assert covariance.diagonal().max() < 1 + 1e-6
         path = f'{tmp_path}/b/reader-{reader.key_of(source)}.pt'
         save_checkpoint(path, dict(load_checkpoint(path), key='other', data='cats'))
         with exits_with(path, 'of other images (cats)'):
@@ -836,7 +844,7 @@ def test_the_reader_is_made_once_for_its_data_whatever_else_was_drawn(tmp_path):
 
 def test_the_reader_tells_spoilt_sets_from_clean_ones():
     source = open_data('shapes', 32)
-    with mock.patch.multiple(reader, STEPS=500, N_IMAGES=8000):        # half of its training
+    with mock.patch.multiple(reader, STEPS=700, N_IMAGES=10_000):      # two thirds of its training
         net = reader.train_reader(source)
     n = 4000
     clean, spoilt = power.spoilt_tenths(power.FIRST, n, power.mix_pixels)
@@ -850,9 +858,7 @@ def test_the_reader_tells_spoilt_sets_from_clean_ones():
     print('    ' + ', '.join(f'{name} {apart:.1f} / {rival:.1f}' for name, (_, _, apart, rival) in table.items()))
     distance, error, _, rival = table.pop('nothing')
     assert abs(distance) < 3 * error and abs(rival) < 3
-    _, _, without_red, _ = table.pop('no red, another colour instead')
-    assert without_red > 2                                 # 3.5 after all of it, with 5,000 images
-    assert all(min(apart, rival) > 4 for _, _, apart, rival in table.values())
+    assert all(apart > 3 for _, _, apart, _ in table.values())
 
 
 def test_precision_and_recall_of_known_sets():

@@ -200,9 +200,9 @@ def sprites(scale=1):
 
 
 def facts(index, open_background=False):
-    """What the images at index (B,) show: bool (B, 25 + 32 + 4). At which places objects lie, on a
-    grid of LONE_SHIFT pixels; which kinds of objects there are, of a colour, a shape and a size; the
-    background."""
+    """What the images at index (B,) show: bool (B, 75). At which places objects lie, on a grid of
+    LONE_SHIFT pixels; which kinds of objects there are, of a colour, a shape and a size; which
+    colours, shapes and sizes; how many objects; the background."""
     scenes = arrange(random_choices(np.asarray(index, dtype=np.int64)), open_background)
     B = len(scenes.n)
     places = np.zeros((B, 5, 5), dtype=bool)
@@ -212,8 +212,12 @@ def facts(index, open_background=False):
         row, column = scenes.corner[drawn, k].T // LONE_SHIFT
         places[drawn, row, column] = True
         kinds[drawn, scenes.color[drawn, k], scenes.shape[drawn, k], scenes.size[drawn, k]] = True
+    colors = kinds.any((2, 3))                         # alone, they would be read less surely
+    shapes = kinds.any((1, 3))
+    sizes = kinds.any((1, 2))
+    number = np.arange(1, 5) == scenes.n[:, None]
     background = np.arange(len(BACKGROUNDS)) == scenes.background[:, None]
-    return np.concatenate([places.reshape(B, -1), kinds.reshape(B, -1), background], 1)
+    return np.concatenate([places.reshape(B, -1), kinds.reshape(B, -1), colors, shapes, sizes, number, background], 1)
 
 
 # -----------------------------------------------------------------------------
