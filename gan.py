@@ -287,8 +287,8 @@ def divergence(nets, x_t, mask, cond):
 
 def look(net, real, logits, cond, rng):
     """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
-    r ~ U[0, r_max], through the frozen teacher -> its hidden states, real half first: list of (2 B,
-    L, D); r (B, 1)."""
+    r ~ U[0, r_max], through the frozen teacher -> its hidden states of real and of fake, lists of
+    (B, L, D); r (B, 1)."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
     mask = random_positions(real.shape, (r * net.N).round(), rng, real.device)
     fake_emb = net.embed(relaxed(logits, relax, tau_soft, rng), mask)          # Soft-Di[M]O Eq. 3
@@ -297,14 +297,13 @@ def look(net, real, logits, cond, rng):
     with torch.no_grad():                              # no gradient is asked of the real half
         real_states = net.features(real_emb, cond, layers)
     fake_states = net.features(fake_emb, cond, layers)
-    states = [torch.cat(pair) for pair in zip(real_states, fake_states)]
-    return states, r
+    return real_states, fake_states, r
 
 
-def judge(disc, states, pooled, r):
+def judge(disc, real_states, fake_states, pooled, r):
     """Train the heads on the states of `look`, of which no gradient is taken -> numbers for the
     log."""
-    seen = [h.detach() for h in states]
+    seen = [torch.cat([real, fake.detach()]) for real, fake in zip(real_states, fake_states)]
     verdict = disc.train()(seen, torch.cat([pooled, pooled]), torch.cat([r, r]))
     d_real, d_fake = verdict.chunk(2)
     loss = disc_loss(d_real, d_fake, hinge)
@@ -325,9 +324,9 @@ def gan_gradient(disc, fake_states, pooled, r, logits):
 
 def look_and_judge(nets, real, logits, cond, run, rng):
     with run.autocast:
-        states, r = look(nets.teacher, real, logits, cond, rng)
+        real_states, fake_states, r = look(nets.teacher, real, logits, cond, rng)
         pooled = nets.teacher.pooled(cond)             # (B, C)
-    return states, pooled, r, judge(nets.disc, states, pooled, r)
+    return fake_states, pooled, r, judge(nets.disc, real_states, fake_states, pooled, r)
 
 
 def update(nets, optimizers, loaded, run, step):
@@ -356,8 +355,7 @@ def update(nets, optimizers, loaded, run, step):
             numbers.update(aux_loss=psi_loss.detach(), grad_dimo=grad_dimo.norm() / run.micro)
         # GAN: the same states serve both players
         if w_gan:
-            states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
-            fake_states = [h[run.micro:] for h in states]
+            fake_states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
             grad_gan = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
             total += grad_gan
             numbers.update(health, grad_gan=grad_gan.norm() / run.micro)

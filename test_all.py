@@ -841,7 +841,7 @@ def test_real_and_fake_are_masked_alike_at_a_share_below_r_max():
     same_tokens = 1e4 * F.one_hot(real, 12).float()  # a fake that is real
     with mock.patch.object(teacher, 'embed', wraps=teacher.embed) as embed:
         with mock.patch.object(gan, 'r_max', 0.6):
-            states, r = gan.look(teacher, real, same_tokens, cond, rng(0))
+            real_states, fake_states, r = gan.look(teacher, real, same_tokens, cond, rng(0))
     masks = [call.args[1] for call in embed.call_args_list]
     assert len(masks) == 2
     assert torch.equal(*masks)
@@ -849,10 +849,9 @@ def test_real_and_fake_are_masked_alike_at_a_share_below_r_max():
     assert r.shape == (50, 1)
     assert 0 <= r.min() < 0.1
     assert 0.5 < r.max() <= 0.6
-    assert len(states) == len(gan.head_layers(4))
-    for h in states:
-        real_half, fake_half = h.chunk(2)
-        assert torch.allclose(real_half, fake_half, atol=1e-5)
+    assert len(real_states) == len(gan.head_layers(4))
+    for of_real, of_fake in zip(real_states, fake_states, strict=True):
+        assert torch.allclose(of_real, of_fake, atol=1e-5)
 
 
 def test_the_discriminator_sees_the_relaxation_asked_for():
@@ -873,8 +872,7 @@ def test_the_gan_gradient_equals_autograds_image_by_image_in_every_relaxation():
     pooled = teacher.pooled(cond)
     for relax, hinge in (('soft', False), ('gumbel', False), ('st', True)):
         with mock.patch.multiple(gan, relax=relax, hinge=hinge):
-            states, r = gan.look(teacher, real, logits, cond, rng(0))
-            fake_states = [h[4:] for h in states]
+            _, fake_states, r = gan.look(teacher, real, logits, cond, rng(0))
             wanted = []
             for k in range(4):
                 one = slice(k, k + 1)
@@ -918,10 +916,10 @@ def test_real_equals_fake_where_everything_is_masked_or_the_fake_is_real():
 def test_heads_learn_a_fixed_pair_and_hear_caption_and_masked_share():
     teacher, disc, real, cond, logits = gan_parts(8)
     optimizer = torch.optim.AdamW(disc.parameters(), lr=1e-2, betas=(0.9, 0.99))
-    states, r = gan.look(teacher, real, logits, cond, rng(0))
+    real_states, fake_states, r = gan.look(teacher, real, logits, cond, rng(0))
     for _ in range(60):
         optimizer.zero_grad()
-        health = gan.judge(disc, states, teacher.pooled(cond), r)
+        health = gan.judge(disc, real_states, fake_states, teacher.pooled(cond), r)
         optimizer.step()
     assert health['acc_real'] == health['acc_fake'] == 1
     assert health['d_real'] > 1
@@ -955,10 +953,10 @@ def test_a_gan_step_sends_the_weighted_sum_of_both_gradients_to_the_generator():
     real, cond, logits, tokens = gan.draw_batch(nets, loaded, process, numbers)
     x_t, mask = M.remask(tokens, 12, gan.schedule, numbers, gan.p_full, gan.p_near)
     stay_close, _ = gan.dimo_gradient(nets, x_t, mask, cond)
-    states, r = gan.look(nets.teacher, real, logits, cond, numbers)
+    real_states, fake_states, r = gan.look(nets.teacher, real, logits, cond, numbers)
     pooled = nets.teacher.pooled(cond)
-    gan.judge(nets.disc, states, pooled, r)
-    deceive = gan.gan_gradient(nets.disc, [h[4:] for h in states], pooled, r, logits)
+    gan.judge(nets.disc, real_states, fake_states, pooled, r)
+    deceive = gan.gan_gradient(nets.disc, fake_states, pooled, r, logits)
     M.surrogate(logits, 3 * stay_close + 5 * deceive).backward()
     near(found, gradients(nets.generator), 1e-6)
     near(heads, gradients(nets.disc), 1e-6)
