@@ -14,7 +14,8 @@ from PIL import Image
 
 from common.files import digest_of
 from common.images import decode_images, one_line, read_text
-from common.run import image_rngs, meet, rank_and_world, progress, sum_over_processes, writing
+from common.run import (image_rngs, meet, progress, rank_and_world, replacing, sum_over_processes,
+                        writing)
 
 LAYOUTS = ('geneval', 'hpsv2', 'mjhq')
 PER_PROMPT = 4                         # images of a prompt in GenEval
@@ -209,10 +210,10 @@ def is_whole(path):
 
 
 def write_image(image, path):
-    """Image (3, H, W) in [-1, 1] -> PNG or JPEG: temporary name, then renamed, so that what is
-    there is whole."""
+    """Image (3, H, W) in [-1, 1] -> PNG or JPEG. Its temporary name is the same in each run: what one
+    that was killed leaves is used up by the next."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    temporary = f'{path}.tmp'                          # one process writes it; one killed leaves it to the next
+    temporary = f'{path}.tmp'
     with writing(path):
         Image.fromarray(pixels).save(temporary, format='JPEG' if path.endswith('.jpg') else 'PNG')
         os.replace(temporary, path)
@@ -228,12 +229,8 @@ def metadata_file(job):
 
 
 def write_text(path, text):
-    """Temporary name, then renamed."""
-    temporary = f'{path}.{os.getpid()}.tmp'
-    with writing(path):
-        with open(temporary, 'w', encoding='utf-8') as file:
-            file.write(text)
-        os.replace(temporary, path)
+    with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+        file.write(text)
 
 
 def read_pixels(path):
@@ -255,23 +252,17 @@ def pack_folder(folder, jobs, path):
 
 def write_npz(path, shape, parts, **arrays):
     """What np.savez writes, without all images in memory: arr_0, uint8 of that shape, from parts
-    (m, H, W, 3), and other arrays. Temporary name, then renamed."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+    (m, H, W, 3), and other arrays."""
     header = dict(descr='|u1', fortran_order=False, shape=tuple(shape))
-    try:
-        with writing(path):
-            with zipfile.ZipFile(temporary, 'w') as archive:   # stored, not deflated
-                with archive.open('arr_0.npy', 'w', force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for part in parts:
-                        file.write(part.tobytes())
-                for name, array in arrays.items():
-                    with archive.open(f'{name}.npy', 'w', force_zip64=True) as file:
-                        np.lib.format.write_array(file, array)
-            os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(temporary, 'w') as archive:       # stored, not deflated
+            with archive.open('arr_0.npy', 'w', force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(part.tobytes())
+            for name, array in arrays.items():
+                with archive.open(f'{name}.npy', 'w', force_zip64=True) as file:
+                    np.lib.format.write_array(file, array)
 
 
 def check_new(setting, path):

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from common.run import is_rank0, say, try_writing, writing
+from common.run import is_rank0, replacing, say, try_writing
 
 
 # -----------------------------------------------------------------------------
@@ -30,19 +30,17 @@ def save_checkpoint(path, state):
     """Write a dict of tensors and plain containers: temporary name, flush to disk, rename; the file
     that was there is kept as *.prev.pt, unless broken. Rank 0 only. Raises ValueError where weights
     are not finite, OSError where the folder or the disk cannot take it."""
-    temporary = f'{path}.{os.getpid()}.tmp'
     if not all_finite(state.get('net', {})) or not all_finite(state.get('ema', {})):
         raise ValueError(f'{path}: not written, the weights are not finite at step {state["step"]}; lower the learning '
                          'rates. The last checkpoint is good: --resume continues from it.')
     try:
-        with writing(path):
+        with replacing(path) as temporary:
             with open(temporary, 'wb') as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             if zipfile.is_zipfile(path):                       # whole
                 keep_previous(path)
-            os.replace(temporary, path)
     finally:
         for leftover in glob.glob(f'{glob.escape(path)}.*.tmp'):    # of a killed run, too
             os.remove(leftover)
@@ -50,9 +48,8 @@ def save_checkpoint(path, state):
 
 def keep_previous(path):
     """Copy, not rename, so that `path` never lacks."""
-    older = f'{path}.{os.getpid()}.prev.tmp'
-    shutil.copyfile(path, older)
-    os.replace(older, previous(path))
+    with replacing(previous(path)) as older:
+        shutil.copyfile(path, older)
 
 
 def all_finite(weights):

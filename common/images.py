@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 from common.files import digest_of
 from common.folders import below, block_digest, is_split, list_folder, other_endings
-from common.run import is_rank0, meet, progress, say, writing
+from common.run import is_rank0, meet, progress, replacing, say, writing
 from common.world import WORLDS, Shapes, mirrored
 
 READERS = 8                    # threads that decode files; PIL lets them run in parallel
@@ -1010,16 +1010,9 @@ def create_table(source, tokenizer, path, flips):
     copies = 2 if flips else 1
     columns = copies * (tokenizer.N + source.caption_length) + 1
     ids = id_type(max(tokenizer.V, len(source.words) + 1))
-    new = path + '.tmp'
-    with writing(path):
-        try:
-            np.lib.format.open_memmap(new, 'w+', ids, (source.length, columns))
-            reserve(new)
-        except OSError:
-            with contextlib.suppress(OSError):                 # a full disk need not stay full
-                os.remove(new)
-            raise
-        os.replace(new, partial)
+    with replacing(partial) as new:
+        np.lib.format.open_memmap(new, 'w+', ids, (source.length, columns))
+        reserve(new)
 
 
 def reserve(path):
@@ -1087,13 +1080,10 @@ def finish_table(source, tokenizer, path):
     numbers = good
     if table.shape[1] > width + 1:                             # with mirror images
         numbers = np.column_stack([good, -1 - good]).flatten()
-    new = path + '.tmp'
-    with writing(path):
-        for target, array in ((numbers_path(path), numbers), (path, rows)):    # the cache last
-            with open(new, 'wb') as file:
-                np.save(file, array)
-            os.replace(new, target)
-        os.remove(partial)
+    for target, array in ((numbers_path(path), numbers), (path, rows)):    # the cache last
+        with replacing(target) as new, open(new, 'wb') as file:
+            np.save(file, array)
+    os.remove(partial)
 
 
 class TokenData:

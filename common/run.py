@@ -665,6 +665,20 @@ def writing(path):
                       f'space or permissions, or choose another {elsewhere}') from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name, renamed to `path` at the end of the block, so that the file there is always
+    whole. Raises OSError as `writing` does."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):                 # a full disk need not stay full
+                os.remove(temporary)
+
+
 def try_writing(path):
     """Raise OSError, before slow work, where no file can be written to `path`."""
     with writing(path):
@@ -723,12 +737,10 @@ class Log:
 
     def __init__(self, checkpoint, step):
         self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
-        new = self.path + '.tmp'
-        with writing(self.path):
+        with replacing(self.path) as new:
             kept = self.lines_until(step)                      # drop what a crash left behind
             with open(new, 'w', encoding='utf-8') as file:
                 file.writelines(kept)
-            os.replace(new, self.path)
 
     def lines_until(self, step):
         if not step or not os.path.exists(self.path):
