@@ -53,7 +53,7 @@ overwrite = False      # a reward.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
 save_every = 100       # steps between checkpoints, sample grids and measurements of 500 images
-n_eval = 2000          # images behind each row of the final table
+n_eval = 2000          # images behind each row of the final table, a quarter where the sampler is slow
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # rewards: one weight each, 0 = off and not loaded
 w_clip = 10.0          # two-tower model of the small world, trained here: log P(caption is true of the image) <= 0

@@ -783,6 +783,19 @@ def test_a_difference_below_two_standard_errors_is_a_tie():
     assert not metrics.is_tie(unknown, unknown, 'reader')
 
 
+def test_a_slow_sampler_is_measured_on_a_quarter_of_the_images(tmp_path):
+    reference = metrics.Reference(open_data('shapes', 32), UNTRAINED, 40)
+    captions, real = reference.prompts(80)
+
+    def drawn(sample, loaded, captions, seed):
+        return real[:len(captions)], 1.0
+    samplers = {'fast': (metrics.MANY_PASSES, None), 'slow': (metrics.MANY_PASSES + 1, None)}
+    with mock.patch.multiple(metrics, render=drawn, encode_images=mock.Mock(), decode_images=lambda *_: real):
+        text = printed(metrics.final_table, f'{tmp_path}/x', samplers, mock.Mock(), reference, 80, 0, {})
+    rows = json.load(open(f'{tmp_path}/x.json'))['rows']
+    assert [row['n'] for row in rows] == [80, 80, 80, 20] and 'slow' in text
+
+
 def test_what_lies_where_is_what_the_checker_sees():
     index = np.arange(200)
     for data in world.WORLDS:
