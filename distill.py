@@ -48,7 +48,7 @@ resume = False         # continue from out_dir/distill.pt to the same bits
 overwrite = False      # a distill.pt that is there may be replaced by a new run
 seed = 0               # every random number of the run follows from it
 log_every = 25         # steps between log lines
-save_every = 200       # steps between checkpoints, sample grids and distances of 500 images
+save_every = 500       # steps between checkpoints, sample grids and distances of 500 images
 n_eval = 2000          # images behind each row of the final table, a quarter where the sampler is slow
 n_reference = 5000     # held-out renders that they are compared with (of a folder, at most half)
 # Di[M]O

@@ -113,14 +113,18 @@ def frechet_distance(x, y):
     return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 
 
-def covered(centres, points, k):
-    """Which of the points (N, d) lie inside some ball around a centre (M, d), whose radius is the
-    distance to the k-th other centre? -> bool (N,)"""
+def radii(centres, k=3):
+    """Features (M, d) -> (M,): the distance of each to its k-th neighbour among the others."""
     radius = []
     for part in centres.split(1000):
         distance = torch.cdist(part, centres)
-        radius.append(distance.kthvalue(k + 1).values)  # the nearest centre is the centre itself
-    radius = torch.cat(radius)                          # (M,)
+        radius.append(distance.kthvalue(k + 1).values)  # the nearest is the centre itself
+    return torch.cat(radius)
+
+
+def covered(centres, radius, points):
+    """Which of the points (N, d) lie inside some ball around a centre (M, d), of radius (M,)? ->
+    bool (N,)"""
     inside = []
     for part in points.split(1000):
         hits = torch.cdist(part, centres) < radius      # (N, M)
@@ -128,20 +132,22 @@ def covered(centres, points, k):
     return torch.cat(inside)
 
 
-def inside_manifolds(real, fake, k=3):
+def inside_manifolds(real, fake, radius=None):
     """Which fakes do real balls cover (their share is the precision), and which real points the
-    balls of fakes (the recall; Kynkaanniemi et al. 2019)? Features (M, d), (N, d) -> bool arrays
-    (N,), (M,)."""
+    balls of fakes (the recall; Kynkaanniemi et al. 2019, k = 3)? Features (M, d), (N, d), `radii` of
+    real where they are known -> bool arrays (N,), (M,)."""
     real = real.double()                                # cdist cancels in float32
     fake = fake.double()
-    inside = covered(real, fake, k)
-    reached = covered(fake, real, k)
+    if radius is None:
+        radius = radii(real)
+    inside = covered(real, radius, fake)
+    reached = covered(fake, radii(fake), real)
     return inside.cpu().numpy(), reached.cpu().numpy()
 
 
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake):
     """Features (M, d), (N, d) -> precision, recall."""
-    inside, reached = inside_manifolds(real, fake, k)
+    inside, reached = inside_manifolds(real, fake)
     return float(inside.mean()), float(reached.mean())
 
 
@@ -221,6 +227,7 @@ class Reference:
             read.append(reader.features(images))
             self.captions += captions
         self.toy = torch.cat(toy)
+        self.toy_radii = radii(self.toy)
         self.read = torch.cat(read)
 
     @classmethod
@@ -248,7 +255,7 @@ class Reference:
             right = self.source.follows(images, captions)
         else:
             right = self.vote(toy, captions)
-        inside, reached = inside_manifolds(self.toy, toy[:MANIFOLD])
+        inside, reached = inside_manifolds(self.toy, toy[:MANIFOLD], self.toy_radii)
         blocks = {
             'reader': distance_by_block(self.reader.features(images), self.read),
             'toy_fd': distance_by_block(toy, self.toy),
