@@ -402,7 +402,7 @@ def show_table(entries):
         print(line)
     print(f'reader: distance on the features of a network that reads these images; toy FD: on random '
           f'features, whose bias falls with the images; both against {entries[0]["reference"]}; precision and recall (k = 3): '
-          f'of {MANIFOLD} images at most; ±: one standard error')
+          f'of {MANIFOLD} images at most, compare among rows of equally many; ±: one standard error')
     print_ties(entries)
     print_columns(entries, [entry.get('tv', {}) for entry in entries],
                   'TV from the known law')
