@@ -335,6 +335,8 @@ def train_missing(data, folder, seed):
             present = dict(tokenizer=packed_digest(tokenizer))
             check_origin(os.path.join(folder, 'model.pt'), made, present)
         return
+    if data not in ('', *WORLDS) and not os.path.isdir(data):
+        open_data(data, 32)                                    # says what is wrong, before it says what is slow
     for script, minutes in (('tokenizer', 3), ('model', 4)):
         state = saved_stage(script, data, folder)
         if state:
