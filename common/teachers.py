@@ -335,8 +335,6 @@ def train_missing(data, folder, seed):
             present = dict(tokenizer=packed_digest(tokenizer))
             check_origin(os.path.join(folder, 'model.pt'), made, present)
         return
-    if data not in ('', *WORLDS) and not os.path.isdir(data):
-        open_data(data, 32)                                    # says what is wrong, before it says what is slow
     for script, minutes in (('tokenizer', 3), ('model', 4)):
         state = saved_stage(script, data, folder)
         if state:
@@ -350,8 +348,10 @@ def train_missing(data, folder, seed):
         if state:
             settings = {**state['config'], 'resume': True}
         stopped = run_script(script, {**settings, 'out_dir': folder})
-        if stopped or not is_done(saved_stage(script, data, folder)):
-            raise ValueError(f'{script}.py did not finish (see above); the same command continues it')
+        state = saved_stage(script, data, folder)
+        if stopped or not is_done(state):
+            hint = '; the same command continues it' if state else ''
+            raise ValueError(f'{script}.py did not finish (see above){hint}')
 
 
 def saved_stage(script, data, folder):
