@@ -1187,7 +1187,7 @@ LOGGED = {
     'reward': 'divergence reward held_out clipped saturation toy_fd grad_dimo grad_reward',
 }
 ROWS = {
-    'distill': ['teacher, 1 steps', 'teacher, 3 steps', 'student, 1 step'],
+    'distill': ['teacher, 1 step', 'teacher, 3 steps', 'student, 1 step'],
     'gan': ['teacher, 3 steps', 'distill, 1 step', 'gan, 1 step'],
     'reward': ['teacher, 2 steps', 'start, distill', 'rewarded, 1 step'],
 }

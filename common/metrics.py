@@ -363,7 +363,7 @@ def with_error(entry, key, digits):
 def in_short(row):
     """The line of a stage that is being trained."""
     return (f'reader {with_error(row, "reader", 2)}, toy FD {with_error(row, "toy_fd", 2)}, '
-            f'prompt followed {with_error(row, "accuracy", 3)} ({row["n"]} images)')
+            f'followed {with_error(row, "accuracy", 3)} ({row["n"]} images)')
 
 
 def compared_pairs(entries):

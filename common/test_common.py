@@ -441,6 +441,7 @@ def test_unknown_words_are_explained_with_their_neighbours():
             world.parse_caption(caption)
     with exits_with("unknown word 'cirle'", 'nearest known: circle'):
         word_ids(['a cirle'], world.WORDS, 8)
+    assert word_ids(['A red circle.'], world.WORDS, 8).equal(word_ids(['a red circle'], world.WORDS, 8))
     with exits_with('known: cat, dog'):
         word_ids(['xyzzy'], ('cat', 'dog'), 8)
     with exits_with('9 words', 'at most 8'):
