@@ -16,11 +16,13 @@ Expected (2 CPU cores, shapes world): the table that assets/RESULTS.md shows, pr
 """
 import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.optimize import brentq
 
 from common.files import (claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
                           restore, restore_optimizers, resumes, save_checkpoint, settings_of)
@@ -35,7 +37,7 @@ from common.teachers import copy_of, load_teacher, same_origin, teacher_file
 from model import (aux_loss, dimo_grad, guided_logits, jeffreys, teacher_sampler, one_step,
                    random_numbers, random_positions, relaxation_bias, relaxed, remask, student_sampler,
                    surrogate, teacher_passes, token_entropy)
-from tokenizer import hash_of_weights
+from tokenizer import distance_to_rows, hash_of_weights
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -61,7 +63,10 @@ n_reference = 5000     # held-out renders that they are compared with (of a fold
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
+through_pixels = False  # real and fake are decoded and encoded again before D sees them: for real images, where many
+                       # codes look alike, so that D would win by what no pixel shows
 w_gan = 2.0            # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
+gan_ratio = 0.0        # above 0 w_gan is steered: the GAN's gradient at the logits is this many times Di[M]O's
 w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
 r_max = 0.5            # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
 hinge = False          # hinge losses; False = non-saturating, as in the paper
@@ -146,7 +151,7 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
     p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
-    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
+    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0, gan_ratio=0)
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
@@ -159,7 +164,8 @@ USES = {
     '--w_dimo': 'beta cfg_scale p_full p_near label_smoothing aux_lr aux_muon',
     '--w_dimo --aux_muon': 'aux_momentum',
     '--w_dimo, --p_full and --p_near below 1': 'schedule',
-    '--w_gan': 'hinge r_max relax spectral disc_lr disc_muon disc_warmup disc_width'}
+    '--w_gan and --w_dimo': 'gan_ratio',
+    '--w_gan': 'through_pixels hinge r_max relax spectral disc_lr disc_muon disc_warmup disc_width'}
 # -----------------------------------------------------------------------------
 # The discriminator
 
@@ -254,6 +260,7 @@ def gan_loss(fake_logits, hinge):
 
 SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss',
             'grad_gan')                                # logged as running means
+PIXEL_NATS = 1.0                                       # with --through_pixels: what a real token leaves of itself
 SHOWN = ('divergence', 'acc_real', 'acc_fake', 'entropy')       # beside the progress bar
 
 
@@ -285,13 +292,38 @@ def divergence(nets, x_t, mask, cond):
     return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
 
 
-def look(net, real, logits, cond, rng):
+def as_pixels_show(tokenizer, heat, x):
+    """Ids (B, N) or probabilities (B, N, V) -> probabilities (B, N, V): what is left of them in the
+    picture. It is decoded and encoded again, and each latent chooses softly among the codes near
+    it."""
+    z = tokenizer.latents(tokenizer.decode(x))         # (B, N, code_dim)
+    return (-distance_to_rows(z, tokenizer.table) / heat).softmax(-1)
+
+
+@torch.no_grad()
+def fitting_heat(tokenizer, real):
+    """The heat at which the pictures of real tokens (B, N) leave PIXEL_NATS a token."""
+    z = tokenizer.latents(tokenizer.decode(real))
+    distance = distance_to_rows(z, tokenizer.table)    # (B, N, V)
+
+    def excess(log_heat):
+        entropy, _ = token_entropy(-distance / math.exp(log_heat))
+        return float(entropy) - PIXEL_NATS
+    return math.exp(brentq(excess, -20, 20, xtol=1e-3))
+
+
+def look(net, real, logits, cond, rng, shown=None):
     """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
     r ~ U[0, r_max], through the frozen teacher -> its hidden states of real and of fake, lists of
-    (B, L, D); r (B, 1)."""
+    (B, L, D); r (B, 1). With `shown`, `as_pixels_show` of a tokenizer, both are soft."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
     mask = random_positions(real.shape, (r * net.N).round(), rng, real.device)
-    fake_emb = net.embed(relaxed(logits, relax, tau_soft, rng), mask)          # Soft-Di[M]O Eq. 3
+    fake = relaxed(logits, relax, tau_soft, rng)
+    if shown:
+        fake = shown(fake)
+        with torch.no_grad():
+            real = shown(real)
+    fake_emb = net.embed(fake, mask)                   # Soft-Di[M]O Eq. 3
     real_emb = net.embed(real, mask)
     layers = head_layers(len(net.blocks))
     with torch.no_grad():                              # no gradient is asked of the real half
@@ -323,8 +355,9 @@ def gan_gradient(disc, fake_states, pooled, r, logits):
 
 
 def look_and_judge(nets, real, logits, cond, run, rng):
+    shown = getattr(nets, 'shown', None)               # as_pixels_show, with --through_pixels
     with run.autocast:
-        real_states, fake_states, r = look(nets.teacher, real, logits, cond, rng)
+        real_states, fake_states, r = look(nets.teacher, real, logits, cond, rng, shown)
         pooled = nets.teacher.pooled(cond)             # (B, C)
     return fake_states, pooled, r, judge(nets.disc, real_states, fake_states, pooled, r)
 
@@ -357,6 +390,8 @@ def update(nets, optimizers, loaded, run, step):
         if w_gan:
             fake_states, pooled, r, health = look_and_judge(nets, real, logits, cond, run, rng)
             grad_gan = w_gan * gan_gradient(nets.disc, fake_states, pooled, r, logits)
+            if w_dimo and gan_ratio:
+                grad_gan *= gan_ratio * grad_dimo.norm() / grad_gan.norm().clamp(min=1e-12)
             total += grad_gan
             numbers.update(health, grad_gan=grad_gan.norm() / run.micro)
         surrogate(logits, total).backward()
@@ -413,7 +448,7 @@ def advice(row, first):
     asked = set()
     if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
-                  'raise --r_max, lower --w_gan if it oscillates, or try --relax=st while the entropy is high')
+                  'raise --r_max, lower --w_gan if it oscillates, or try --through_pixels while the entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
         asked.add('the entropy has halved: compare the distances above; if they do not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')
@@ -489,6 +524,8 @@ def in_use(s):
         words.append('--w_dimo, --p_full and --p_near below 1')
     if s.w_gan:
         words.append('--w_gan')
+    if s.w_gan and s.w_dimo:
+        words.append('--w_gan and --w_dimo')
     return words
 
 
@@ -537,6 +574,8 @@ if __name__ == '__main__':
         claim(out, resume or overwrite)
     if not w_gan and not w_dimo:
         raise ValueError('--w_gan=0 and --w_dimo=0 leave nothing to learn')
+    if through_pixels and teacher == 'maskgen':
+        raise ValueError('--through_pixels cannot be had of MaskGen, whose decoder reads the caption')
     if bias and run.world > 1:
         raise ValueError('--bias runs as one process; start it with python, not torchrun')
     loaded, start = load_start(folder, run)
@@ -552,6 +591,9 @@ if __name__ == '__main__':
     nets.teacher.checkpointing = grad_checkpoint       # the heads' gradient passes through it
     torch.manual_seed(seed)
     nets.disc = make_discriminator(loaded).to(run.device)
+    if through_pixels and w_gan:
+        some, _ = loaded.real.draw(run, rng_for(seed, 0, 'heat', run.device))
+        nets.shown = partial(as_pixels_show, loaded.tokenizer, fitting_heat(loaded.tokenizer, some))
 
     # Build the optimizers
     optimizers, betas = {}, (beta1, beta2)

@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import SkipTest, mock
 
@@ -867,6 +868,42 @@ def test_the_discriminator_sees_the_relaxation_asked_for():
             assert torch.equal(fake, F.one_hot(fake.argmax(-1), 12).float())
 
 
+def test_through_pixels_codes_that_look_alike_are_alike_in_real_and_fake():
+    tokenizer = small_tokenizer().requires_grad_(False)
+    tokenizer.codebook.weight[1] = tokenizer.codebook.weight[0]
+    real = some_tokens(3)
+    heat = gan.fitting_heat(tokenizer, real)
+    shown = gan.as_pixels_show(tokenizer, heat, real)
+    assert shown.shape == (3, 16, 12)
+    near(shown.sum(-1), torch.ones(3, 16), 1e-5)
+    near(-torch.xlogy(shown, shown).sum(-1).mean(), torch.tensor(gan.PIXEL_NATS), 1e-2)
+    same(gan.as_pixels_show(tokenizer, heat, F.one_hot(real, 12).float()), shown)
+    swapped = torch.where(real == 0, 1, real)
+    assert not torch.equal(swapped, real)
+    same(gan.as_pixels_show(tokenizer, heat, swapped), shown)
+    moved = torch.where(real == 0, 2, real)            # to a code that looks otherwise
+    assert (gan.as_pixels_show(tokenizer, heat, moved) - shown).abs().max() > 1e-3
+
+    brute = torch.cdist(tokenizer.latents(tokenizer.decode(real)), tokenizer.table).square()
+    near(shown, (-brute / heat).softmax(-1), 1e-4)
+
+
+def test_the_look_through_pixels_carries_a_gradient_to_the_logits_of_its_own_image():
+    teacher, disc, real, cond, logits = gan_parts()
+    tokenizer = small_tokenizer().requires_grad_(False)
+    shown = partial(gan.as_pixels_show, tokenizer, gan.fitting_heat(tokenizer, real))
+    _, fake_states, r = gan.look(teacher, real, logits, cond, rng(0), shown)
+    pooled = teacher.pooled(cond)
+    first = disc.eval()(fake_states, pooled, r)[0]
+    grad, = torch.autograd.grad(first, logits)
+    assert grad[0].norm() > 0
+    assert grad[1:].abs().max() == 0
+    same_tokens = 1e4 * F.one_hot(real, 12).float()    # a fake that is real
+    real_states, fake_states, _ = gan.look(teacher, real, same_tokens, cond, rng(0), shown)
+    for of_real, of_fake in zip(real_states, fake_states, strict=True):
+        near(of_real, of_fake, 1e-5)
+
+
 def test_the_gan_gradient_equals_autograds_image_by_image_in_every_relaxation():
     teacher, disc, real, cond, logits = gan_parts()
     pooled = teacher.pooled(cond)
@@ -960,6 +997,16 @@ def test_a_gan_step_sends_the_weighted_sum_of_both_gradients_to_the_generator():
     M.surrogate(logits, 3 * stay_close + 5 * deceive).backward()
     near(found, gradients(nets.generator), 1e-6)
     near(heads, gradients(nets.disc), 1e-6)
+
+
+def test_a_steered_gan_has_the_ratio_of_the_gradients_that_is_asked_for():
+    nets = networks()
+    nets.disc = gan.Discriminator(24, (4, 4), gan.head_layers(2), 3 * 24, 16, False)
+    optimizers = resting('generator', 'aux', 'disc', nets=nets)
+    for weight in (0.1, 5.0):
+        with mock.patch.multiple(gan, w_dimo=3.0, w_gan=weight, gan_ratio=2.5):
+            numbers, _ = gan.update(nets, optimizers, small_teacher(nets.teacher), one_process(), step=5)
+        assert math.isclose(numbers['grad_gan'], 2.5 * numbers['grad_dimo'], rel_tol=1e-4)
 
 
 def test_advice_is_given_of_a_saturated_discriminator_and_of_mere_sharpening():
@@ -1319,6 +1366,19 @@ def test_recomputing_blocks_changes_no_bit_of_a_run_with_hinge_losses(tmp_path):
         must_run(f'gan.py --out_dir={folder} --steps=4 --hinge --grad_checkpoint={switch}')
         networks.append(saved(folder, 'gan')['net'])
     same(*networks)
+
+
+def test_a_gan_that_looks_through_pixels_resumes_to_the_same_bits(tmp_path):
+    asked = '--steps=4 --log_every=2 --through_pixels --gan_ratio=2'
+    whole = ready_for('gan.py', f'{tmp_path}/whole')
+    must_run(f'gan.py --out_dir={whole} {asked}')
+    ratios = [row['ratio'] for row in log_of(whole, 'gan')]
+    assert ratios and all(math.isclose(ratio, 2, rel_tol=1e-3) for ratio in ratios)
+    parts = ready_for('gan.py', f'{tmp_path}/parts')
+    must_run(f'gan.py --out_dir={parts} {asked}', before=KILL.format(call=STEP, nth=8, signal='SIGINT'))
+    assert 0 < saved(parts, 'gan')['step'] < 4
+    must_run(f'gan.py --out_dir={parts} {asked} --resume')
+    same(saved(parts, 'gan')['net'], saved(whole, 'gan')['net'])
 
 
 def test_a_gan_run_trains_its_heads_and_hands_on_what_it_was_given():

@@ -303,11 +303,16 @@ class Tokenizer(nn.Module):
         return published_tokenizer(kind, path, grid, S, n_head)
 
 
+def distance_to_rows(z, table):
+    """z (..., d) -> its squared distance from each row of the table (V, d), less |z|^2, which is the
+    same for all of them: (..., V)."""
+    with torch.autocast(z.device.type, enabled=False):         # bf16 would choose another code for a third of them
+        return table.square().sum(1) - 2 * z.to(table.dtype) @ table.T
+
+
 def nearest_row(z, table):
     """z (..., d) -> number of the nearest row (Euclidean) of the table (V, d), (...)."""
-    with torch.autocast(z.device.type, enabled=False):         # bf16 would choose another code for a third of them
-        distance = table.square().sum(1) - 2 * z.to(table.dtype) @ table.T     # |z|^2 is the same for all rows
-        return distance.argmin(-1)
+    return distance_to_rows(z, table).argmin(-1)
 
 
 def hash_of_weights(weights):
