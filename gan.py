@@ -63,10 +63,11 @@ n_reference = 5000     # held-out renders that they are compared with (of a fold
 # GAN
 relax = 'soft'         # what the discriminator sees of the logits: soft (the paper), gumbel or st (straight-through)
 tau_soft = 1.0         # temperature of that relaxation; the paper's soft embedding has 1
-through_pixels = False  # real and fake are decoded and encoded again before D sees them: for real images, where many
-                       # codes look alike, so that D would win by what no pixel shows
+through_pixels = False  # for real images: real and fake are decoded and encoded again before D sees them, as many codes
+                       # look alike and it would win by differences that no pixel shows; not of MaskGen
 w_gan = 2.0            # weight of the GAN term per image, in the surrogate's sum convention; paper 200 (MaskBit)
-gan_ratio = 0.0        # above 0 w_gan is steered: the GAN's gradient at the logits is this many times Di[M]O's
+gan_ratio = 0.0        # above 0 w_gan is steered: in each micro-batch the GAN's gradient at the logits has this many
+                       # times the norm of Di[M]O's
 w_dimo = 1.0           # weight of the Di[M]O surrogate, 0 = GAN only
 r_max = 0.5            # masked share of real and fake, r ~ U[0, r_max]; paper .95 best, 0 worst
 hinge = False          # hinge losses; False = non-saturating, as in the paper
@@ -145,13 +146,14 @@ INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'text
              'tau', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
+    w_gan=0, gan_ratio=0,
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
     steps=1, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), warmup=0, cooldown=(0, 1),
     clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
     p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
-    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0, gan_ratio=0)
+    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
@@ -260,7 +262,7 @@ def gan_loss(fake_logits, hinge):
 
 SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss',
             'grad_gan')                                # logged as running means
-PIXEL_NATS = 1.0                                       # with --through_pixels: what a real token leaves of itself
+BLUR_NATS = 1.0            # with --through_pixels: mean entropy of a real token as its picture reads back
 SHOWN = ('divergence', 'acc_real', 'acc_fake', 'entropy')       # beside the progress bar
 
 
@@ -292,37 +294,45 @@ def divergence(nets, x_t, mask, cond):
     return jeffreys(teacher_logits, aux_logits, mask, beta).sum() / mask.sum()
 
 
-def as_pixels_show(tokenizer, heat, x):
-    """Ids (B, N) or probabilities (B, N, V) -> probabilities (B, N, V): what is left of them in the
-    picture. It is decoded and encoded again, and each latent chooses softly among the codes near
-    it."""
+def seen_through_pixels(tokenizer, temperature, x):
+    """Ids (B, N) or probabilities (B, N, V) -> probabilities (B, N, V): as their picture reads back.
+    It is decoded, not clamped so that the gradient passes, and encoded again; each latent chooses
+    softly among the codes near it. Ours, not the paper's."""
     z = tokenizer.latents(tokenizer.decode(x))         # (B, N, code_dim)
-    return (-distance_to_rows(z, tokenizer.table) / heat).softmax(-1)
+    return (-distance_to_rows(z, tokenizer.table) / temperature).softmax(-1)       # which |z|^2 does not change
 
 
 @torch.no_grad()
-def fitting_heat(tokenizer, real):
-    """The heat at which the pictures of real tokens (B, N) leave PIXEL_NATS a token."""
-    z = tokenizer.latents(tokenizer.decode(real))
-    distance = distance_to_rows(z, tokenizer.table)    # (B, N, V)
+def blur_temperature(tokenizer, real):
+    """The temperature at which real tokens (M, N), decoded and encoded again, have a mean entropy of
+    BLUR_NATS. Raises ValueError where there is none."""
+    distance = []
+    for part in real.split(tokenizer.batch):
+        z = tokenizer.latents(tokenizer.decode(part))
+        distance.append(distance_to_rows(z, tokenizer.table))
+    distance = torch.cat(distance)                     # (M, N, V)
 
-    def excess(log_heat):
-        entropy, _ = token_entropy(-distance / math.exp(log_heat))
-        return float(entropy) - PIXEL_NATS
+    def excess(log_temperature):
+        entropy, _ = token_entropy(-distance / math.exp(log_temperature))
+        return float(entropy) - BLUR_NATS
+    if excess(-20) > 0 or excess(20) < 0:
+        raise ValueError(f'--through_pixels needs {BLUR_NATS} nats a token; the codes of this tokenizer leave '
+                         f'{excess(-20) + BLUR_NATS:.2f} to {excess(20) + BLUR_NATS:.2f}, as too many are alike or '
+                         'there are too few')
     return math.exp(brentq(excess, -20, 20, xtol=1e-3))
 
 
-def look(net, real, logits, cond, rng, shown=None):
+def look(net, real, logits, cond, rng, through=None):
     """Real tokens (B, N) as hard, fake logits (B, N, V) as soft embeddings, masked alike at a share
     r ~ U[0, r_max], through the frozen teacher -> its hidden states of real and of fake, lists of
-    (B, L, D); r (B, 1). With `shown`, `as_pixels_show` of a tokenizer, both are soft."""
+    (B, L, D); r (B, 1). `through` is what both are seen through, a function of ids or probabilities."""
     r = r_max * random_numbers((len(real), 1), rng, real.device)
     mask = random_positions(real.shape, (r * net.N).round(), rng, real.device)
     fake = relaxed(logits, relax, tau_soft, rng)
-    if shown:
-        fake = shown(fake)
+    if through:
+        fake = through(fake)
         with torch.no_grad():
-            real = shown(real)
+            real = through(real)
     fake_emb = net.embed(fake, mask)                   # Soft-Di[M]O Eq. 3
     real_emb = net.embed(real, mask)
     layers = head_layers(len(net.blocks))
@@ -355,9 +365,9 @@ def gan_gradient(disc, fake_states, pooled, r, logits):
 
 
 def look_and_judge(nets, real, logits, cond, run, rng):
-    shown = getattr(nets, 'shown', None)               # as_pixels_show, with --through_pixels
+    through = getattr(nets, 'through', None)           # with --through_pixels
     with run.autocast:
-        real_states, fake_states, r = look(nets.teacher, real, logits, cond, rng, shown)
+        real_states, fake_states, r = look(nets.teacher, real, logits, cond, rng, through)
         pooled = nets.teacher.pooled(cond)             # (B, C)
     return fake_states, pooled, r, judge(nets.disc, real_states, fake_states, pooled, r)
 
@@ -448,7 +458,7 @@ def advice(row, first):
     asked = set()
     if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
-                  'raise --r_max, lower --w_gan if it oscillates, or try --through_pixels while the entropy is high')
+                  'raise --r_max, lower --w_gan or --gan_ratio if it oscillates, or try --through_pixels while the entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
         asked.add('the entropy has halved: compare the distances above; if they do not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')
@@ -592,8 +602,9 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     nets.disc = make_discriminator(loaded).to(run.device)
     if through_pixels and w_gan:
-        some, _ = loaded.real.draw(run, rng_for(seed, 0, 'heat', run.device))
-        nets.shown = partial(as_pixels_show, loaded.tokenizer, fitting_heat(loaded.tokenizer, some))
+        some, _ = loaded.real.draw(SimpleNamespace(micro=32, device=run.device), rng_for(seed, 0, 'heat', run.device))
+        temperature = blur_temperature(loaded.tokenizer, some)
+        nets.through = partial(seen_through_pixels, loaded.tokenizer, temperature)
 
     # Build the optimizers
     optimizers, betas = {}, (beta1, beta2)
