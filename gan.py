@@ -146,14 +146,13 @@ INHERITED = ('teacher', 'teacher_path', 'tokenizer_path', 'teacher_heads', 'text
              'tau', 'tau_sample')
 
 LIMITS = dict(         # a number is the least value, a pair a range, words a choice
-    w_gan=0, gan_ratio=0,
     teacher=('ours', 'maskgit', 'maskbit', 'maskgen', 'meissonic'), log_every=1, save_every=1, n_eval=4, n_reference=4,
     steps=1, batch_size=1, micro_batch=0, generator_lr=0, aux_lr=0, generator_muon=0, aux_muon=0,
     aux_momentum=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), warmup=0, cooldown=(0, 1),
     clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
     p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
-    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0)
+    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0, w_gan=0, gan_ratio=0)
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
@@ -262,8 +261,8 @@ def gan_loss(fake_logits, hinge):
 
 SMOOTHED = ('aux_loss', 'grad_dimo', 'd_loss', 'd_real', 'd_fake', 'acc_real', 'acc_fake', 'g_loss',
             'grad_gan')                                # logged as running means
-BLUR_NATS = 1.0            # with --through_pixels: mean entropy of a real token as its picture reads back
 SHOWN = ('divergence', 'acc_real', 'acc_fake', 'entropy')       # beside the progress bar
+BLUR_NATS = 1.0                                        # with --through_pixels: mean entropy of a real token as its picture reads back
 
 
 def draw_batch(nets, loaded, run, rng):
@@ -458,7 +457,8 @@ def advice(row, first):
     asked = set()
     if row.get('acc_real', 0) + row.get('acc_fake', 0) > 1.8:
         asked.add('the discriminator is right in more than 90 % of the cases, so its gradient fades; lower --disc_lr, '
-                  'raise --r_max, lower --w_gan or --gan_ratio if it oscillates, or try --through_pixels while the entropy is high')
+                  'raise --r_max, lower --w_gan or --gan_ratio if it oscillates, or try --through_pixels while the '
+                  'entropy is high')
     if row['entropy'] < 0.5 * first['entropy'] and row['gap'] < 0.5 * first['gap']:
         asked.add('the entropy has halved: compare the distances above; if they do not fall, the generator only sharpens '
                   'its logits: lower --w_gan, raise --r_max or try --relax=st')

@@ -822,10 +822,10 @@ def known_words(caption, number, length):
 
 
 def exact_words(caption, number, length):
-    """A caption all of whose words must be in `number`; punctuation is skipped. Itself a word (a
-    class label), it stays whole. Raises ValueError for an unknown word, naming its nearest
+    """A caption all of whose words must be in `number`; commas and full stops are skipped. Itself a
+    word (a class label), it stays whole. Raises ValueError for an unknown word, naming its nearest
     neighbours, and where there are more than `length` words."""
-    words = plain_words(caption)
+    words = [word.strip('.,;:!?') for word in caption.lower().split()]
     if caption.strip() in number:
         words = [caption.strip()]
     for k, word in enumerate(words):
