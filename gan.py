@@ -6,7 +6,7 @@ on the teacher's features sends gradients back to the generator; the Di[M]O surr
 regulariser. This is the first stage that sees data. There is no official code to compare with; left
 out against other GANs on frozen features: R1 penalty, augmentation, batch statistics. One generator
 pass serves all updates; one look of the teacher at real and fake serves both players. Our choice:
-Muon on the heads' matrices, which learn the game first, alone.
+Muon on the heads' matrices, which learn the game first, alone; --through_pixels and --gan_ratio.
 
 $ python gan.py                                         # after distill.py; 9 minutes on one CPU core
 $ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --out_dir=out/smoke
