@@ -347,8 +347,8 @@ if __name__ == '__main__':
         for n in sorted({1, min(4, most), most}):
             passes = teacher_passes(nets.teacher, n, teacher_cfg)
             sampler = teacher_sampler(nets.teacher, n, teacher_cfg, teacher_gumbel)
-            name = f'teacher, {n} steps' if n > 1 else 'teacher, 1 step'
-            samplers[name] = passes, sampler
+            plural = 's' if n > 1 else ''
+            samplers[f'teacher, {n} step{plural}'] = passes, sampler
         samplers['student, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)
     if run.rank == 0 and step and not reference:

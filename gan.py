@@ -166,6 +166,7 @@ USES = {
     '--w_dimo --aux_muon': 'aux_momentum',
     '--w_dimo, --p_full and --p_near below 1': 'schedule',
     '--w_gan and --w_dimo': 'gan_ratio',
+    '--gan_ratio=0': 'w_gan',
     '--w_gan': 'through_pixels hinge r_max relax spectral disc_lr disc_muon disc_warmup disc_width'}
 # -----------------------------------------------------------------------------
 # The discriminator
@@ -536,6 +537,8 @@ def in_use(s):
         words.append('--w_gan')
     if s.w_gan and s.w_dimo:
         words.append('--w_gan and --w_dimo')
+    if not (s.w_gan and s.w_dimo and s.gan_ratio):
+        words.append('--gan_ratio=0')
     return words
 
 
@@ -709,7 +712,8 @@ if __name__ == '__main__':
     if run.rank == 0 and step >= steps and reference:
         samplers = {}
         passes = teacher_passes(nets.teacher, most, teacher_cfg)
-        samplers[f'teacher, {most} steps'] = passes, compared
+        plural = 's' if most > 1 else ''
+        samplers[f'teacher, {most} step{plural}'] = passes, compared
         before = 'gan before' if start['stage'] == 'gan' else start['stage']
         start_net = copy_of(loaded.net, start['ema'], stage)
         samplers[f'{before}, 1 step'] = 1, student_sampler(start_net, r_init, sigma_init, tau_sample)

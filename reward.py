@@ -470,7 +470,8 @@ if __name__ == '__main__':
         samplers = {}
         passes = teacher_passes(nets.teacher, most, teacher_cfg)
         sampler = teacher_sampler(nets.teacher, most, teacher_cfg, teacher_gumbel)
-        samplers[f'teacher, {most} steps'] = passes, sampler
+        plural = 's' if most > 1 else ''
+        samplers[f'teacher, {most} step{plural}'] = passes, sampler
         samplers[f'start, {start["stage"]}'] = 1, compared
         samplers['rewarded, 1 step'] = 1, one_pass
         final_table(out[:-3], samplers, loaded, reference, n_eval, seed, config)

@@ -1481,7 +1481,7 @@ def test_images_are_written_as_they_are_drawn_by_all_processes_and_packed(tmp_pa
     for k, image in enumerate(pixels):
         assert np.array_equal(image, Image.open(folder / f'{k:05d}.png'))
     must_refuse(*ask, *packed, words='many.npz: is there already')
-    assert 'drawn now' in must_run(*ask, f'--png_dir={tmp_path}/two', processes=2)
+    assert 'drawn now' in must_run(*ask, f'--png_dir={tmp_path}/two', processes=2, torchrun=True)
     assert sorted(os.listdir(tmp_path / 'two')) == sorted(os.listdir(folder))
     for k in range(7):                         # a new process may round otherwise than a forked one
         again = np.asarray(Image.open(tmp_path / 'two' / f'{k:05d}.png')).astype(int)

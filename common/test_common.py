@@ -165,7 +165,8 @@ def test_a_setting_without_effect_is_named_and_one_with_effect_taken():
                   f'--prompts=x {PUBLISHED}', f'--teacher_ckpt=x {PUBLISHED}', f'--aux_momentum=.8 {PUBLISHED}',
                   '--schedule=cosine'],
         gan: ['--relax=st --w_gan=0', '--disc_lr=1 --w_gan=0', '--beta=1 --w_dimo=0', '--aux_momentum=.9 --aux_muon=0',
-              '--through_pixels --w_gan=0', '--gan_ratio=3 --w_gan=0', '--gan_ratio=3 --w_dimo=0'],
+              '--through_pixels --w_gan=0', '--gan_ratio=3 --w_gan=0', '--gan_ratio=3 --w_dimo=0',
+              '--w_gan=5 --gan_ratio=3'],
         reward: ['--clip_path=x', '--pick_path=x --held_out=hps', '--bert_path=x --w_pick=1', '--cfg_scale=1 --w_dimo=0',
                  '--reward_steps=3 --w_clip=0 --held_out=pick'],
         tteo: ['--hps_path=x', '--tokenizer_path=x'],
@@ -175,7 +176,7 @@ def test_a_setting_without_effect_is_named_and_one_with_effect_taken():
                  f'--ref_from=x {FID} --ref_size=9', '--prompts=x --metrics --clip_path=y', '--sweep --n_metrics=9',
                  '--metrics --png_dir= --sweep=0', f'{PUBLISHED} --student --r_init=1'],
         distill: ['--schedule=cosine --p_near=0', f'{PUBLISHED} --schedule=cosine', '--teacher_ckpt=x'],
-        gan: ['--relax=st', '--w_gan=0 --beta=1'],
+        gan: ['--relax=st', '--w_gan=0 --beta=1', '--w_gan=5', '--w_gan=5 --w_dimo=0'],
         reward: ['--held_out=clipscore,pick --pick_path=x', '--w_hps=1 --clip_path=x --hps_path=y'],
         tteo: ['--w_pick=1 --clip_path=x'],
         model: ['--n_images=9 --data=shapes-open']}

@@ -11,11 +11,13 @@ import inspect
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ import numpy as np
 GPUS = {key: os.environ[key] for key in ('CUDA_VISIBLE_DEVICES',) if key in os.environ}
 os.environ['CUDA_VISIBLE_DEVICES'] = ''        # before torch looks: one test alone is for a GPU
 import torch
+import torch._dynamo                           # an optimizer imports it: once here, not in each forked run
 import torch.nn.functional as F
 from PIL import Image
 
@@ -88,11 +91,13 @@ def deadly(*args, **options):
 """
 PRECISION = """
 import torch
+import torch._dynamo                           # an optimizer imports it: once here, not in each forked run
 can = dict(getattr(torch.cpu, 'get_capabilities', dict)(), avx512_bf16={})    # True: bf16, False: float32
 torch.cpu.get_capabilities = lambda: can
 """
 TRACED = """
 import torch
+import torch._dynamo                           # an optimizer imports it: once here, not in each forked run
 def compile(module):
     module._compiled_call_impl = torch.compile(module._call_impl, backend='aot_eager')
 torch.nn.Module.compile = compile
@@ -112,10 +117,11 @@ os.environ.update({GPUS})
 """
 
 
-def run(script, *arguments, processes=1, before=''):
+def run(script, *arguments, processes=1, torchrun=False, before=''):
     """Run a script with its tiny settings -> (exit code, output), as run('gan.py', '--steps=3') or
-    run('gan.py --steps=3'). `before`: lines of Python to run first. One process is forked off this
-    one, which has imported torch already; a GPU does not survive that."""
+    run('gan.py --steps=3'). `before`: lines of Python to run first. Its processes are forked off this
+    one, which has imported torch already; a GPU does not survive that, and `torchrun` does it as a
+    user does."""
     script, *settings = shlex.split(script)
     command = [os.path.join(HERE, script)]
     if script in TINY:
@@ -124,31 +130,48 @@ def run(script, *arguments, processes=1, before=''):
     for switch, idle in IDLE.items():
         if any(word.startswith(switch) for word in command):
             command = [word for word in command if word not in idle]
-    if processes == 1 and before != ON_GPU:
-        return run_forked(command, before)
-    return run_anew(command, processes, before)
+    if torchrun or before == ON_GPU:
+        return run_anew(command, processes, before)
+    return run_forked(command, processes, before)
 
 
-def run_forked(command, before):
-    ours, output = os.pipe()
+def run_forked(command, processes, before):
     context = multiprocessing.get_context('fork')
-    child = context.Process(target=forked, args=(command, before, output))
-    child.start()
-    os.close(output)
-    with open(ours) as pipe:
-        text = pipe.read()
-    child.join()
-    return child.exitcode, text
+    places = [{}]
+    if processes > 1:
+        places = launched_as(processes)
+    with tempfile.TemporaryFile('w+') as output:
+        group = [context.Process(target=forked, args=(command, before, output.fileno(), place)) for place in places]
+        for child in group:
+            child.start()
+        while alive := [child.sentinel for child in group if child.is_alive()]:
+            multiprocessing.connection.wait(alive)
+            if any(child.exitcode for child in group):
+                for child in group:                    # the others would wait for it
+                    child.kill()
+        output.seek(0)
+        codes = [child.exitcode for child in group if child.exitcode]
+        return codes[0] if codes else 0, output.read()
 
 
-def forked(command, before, output):
-    """What a new python would do with `command`."""
+def launched_as(processes):
+    """The environment variables that torchrun sets, for each process."""
+    with socket.socket() as some:
+        some.bind(('localhost', 0))
+        port = some.getsockname()[1]                   # free, and so in a moment
+    common = dict(WORLD_SIZE=f'{processes}', MASTER_ADDR='localhost', MASTER_PORT=f'{port}')
+    return [dict(common, RANK=f'{rank}', LOCAL_RANK=f'{rank}') for rank in range(processes)]
+
+
+def forked(command, before, output, place):
+    """What a new python would do with `command`; `place` is what torchrun would tell it."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = open(1, 'w', buffering=1, closefd=False)
     sys.stderr = open(2, 'w', buffering=1, closefd=False)
     os.chdir(HERE)
     os.environ.update(ALONE)
+    os.environ.update(place)
     sys.argv = command
     exec(before, {})
     exec(QUICK, {})
