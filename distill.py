@@ -19,11 +19,11 @@ from types import SimpleNamespace
 
 import torch
 
-from common.files import (claim, load_resumed, optimizer_states, restore, restore_optimizers,
+from common.files import (Log, claim, load_resumed, optimizer_states, restore, restore_optimizers,
                           resumes, save_checkpoint)
 from common.metrics import Reference, final_table, in_short, render
 from common.pictures import save_grid
-from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
+from common.run import (Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, meet, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
@@ -340,6 +340,7 @@ if __name__ == '__main__':
             bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))
     bar.close()
+    stop.over()
 
     # Print the table
     if run.rank == 0 and step >= steps and reference:

@@ -8,7 +8,7 @@ out against other GANs on frozen features: R1 penalty, augmentation, batch stati
 pass serves all updates; one look of the teacher at real and fake serves both players. Our choice:
 Muon on the heads' matrices, which learn the game first, alone; --through_pixels and --gan_ratio.
 
-$ python gan.py                                         # after distill.py; 9 minutes on one CPU core
+$ python gan.py                                         # after distill.py; 10 minutes on one CPU core
 $ python gan.py --steps=20 --n_eval=200 --init=out/distill.pt --out_dir=out/smoke
 $ python gan.py --relax=st --tau_soft=0.3               # straight-through, at the temperature that samples are drawn at
 $ torchrun --nproc_per_node=8 gan.py --init=out/maskbit/distill.pt --data=imagenet/train   # a published teacher
@@ -24,12 +24,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy.optimize import brentq
 
-from common.files import (claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
+from common.files import (Log, claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
                           restore, restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import TokenData, decode_images, open_data, token_data
 from common.metrics import Reference, final_table, frechet_distance, in_short, render, toy_features
 from common.pictures import save_grid
-from common.run import (Log, Stop, check_finite, compile_blocks, configure, ema_update, end_run,
+from common.run import (Stop, check_finite, compile_blocks, configure, ema_update, end_run,
                         image_rngs, make_optimizers, micro_rng, millions, out_folder, progress,
                         rate_law, report_bench, rng_for, rounded, same_weights, set_rates, smoothed,
                         start_run, take_step)
@@ -152,7 +152,7 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6, p_full=(0, 1),
     p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1), ema_decay=(0, 1),
     teacher_steps=1, relax=('soft', 'gumbel', 'st'), tau_soft=1e-6, r_max=(0, 1), disc_lr=0,
-    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0, w_gan=0, gan_ratio=0)
+    disc_muon=0, disc_warmup=0, disc_width=1, weight_decay=0, w_gan=0, w_dimo=0, gan_ratio=0)
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
@@ -410,12 +410,12 @@ def update(nets, optimizers, loaded, run, step):
         with run.autocast:
             numbers['divergence'] = divergence(nets, x_t, mask, cond)
     # Update weights
-    numbers.update(norm_generator=take_step(nets.generator, optimizers['generator'], run, clip),
-                   norm_aux=torch.zeros(()), norm_disc=torch.zeros(()))
-    if w_dimo:
-        numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    numbers.update(norm_disc=torch.zeros(()), norm_aux=torch.zeros(()))        # one that breaks the others comes first
     if w_gan:
         numbers['norm_disc'] = take_step(nets.disc, optimizers['disc'], run, clip)
+    if w_dimo:
+        numbers['norm_aux'] = take_step(nets.aux, optimizers['aux'], run, clip)
+    numbers['norm_generator'] = take_step(nets.generator, optimizers['generator'], run, clip)
     # Update the average
     ema_update(nets.generator_ema, nets.generator, ema_decay, step)
     return numbers, logits.detach()
@@ -433,7 +433,8 @@ def warm_up_heads(nets, optimizers, loaded, run, stop):
             with torch.no_grad():
                 real, cond, logits, _ = draw_batch(nets, loaded, run, rng)
             look_and_judge(nets, real, logits, cond, run, rng)
-        take_step(nets.disc, optimizers['disc'], run, clip)
+        norm = take_step(nets.disc, optimizers['disc'], run, clip)
+        check_finite(step, dict(norm_disc=norm))
         bar.update()
     bar.close()
 
@@ -707,6 +708,7 @@ if __name__ == '__main__':
                 bar.write(f'step {step}: {text}')
                 warned.add(text)
     bar.close()
+    stop.over()
 
     # Print the table
     if run.rank == 0 and step >= steps and reference:

@@ -702,12 +702,12 @@ if __name__ == '__main__':
 
     import numpy as np
 
-    from common.files import (check_origin, claim, digest_of, load_checkpoint, load_resumed, note_unfinished,
+    from common.files import (Log, check_origin, claim, digest_of, load_checkpoint, load_resumed, note_unfinished,
                               optimizer_states, restore, restore_optimizers, resumes, save_checkpoint)
     from common.images import TokenData, id_type, open_data, token_data, word_encoder
     from common.metrics import render
     from common.pictures import save_grid
-    from common.run import (Log, Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
+    from common.run import (Stop, check_finite, configure, cosine_law, ema_update, end_run, make_optimizers,
                             micro_rng, millions, progress, report_bench, same_weights, set_rates,
                             start_run, take_step)
     from common.teachers import unpack_tokenizer

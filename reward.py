@@ -20,13 +20,13 @@ from types import SimpleNamespace
 
 import torch
 
-from common.files import (claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
+from common.files import (Log, claim, load_checkpoint, load_resumed, note_unfinished, optimizer_states,
                           restore, restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.metrics import final_table, in_short, render
 from common.pictures import save_grid
 from common.rewards import (Judged, load_held_out, load_rewards, make_rewards, needs_small_rewards, published_in_use,
                             reward_sum)
-from common.run import (Log, Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,
+from common.run import (Stop, agreed, check_finite, compile_blocks, configure, ema_update, end_run,
                         make_optimizers, micro_rng, millions, out_folder, progress, rate_law,
                         report_bench, rounded, same_weights, set_rates, smoothed, start_run,
                         take_step)
@@ -146,7 +146,7 @@ LIMITS = dict(         # a number is the least value, a pair a range, words a ch
     cooldown=(0, 1), clip=0, r_init=(0, 1), sigma_init=(0, 1), tau=1e-6, tau_sample=1e-6,
     p_full=(0, 1), p_near=(0, 1), schedule=('arccos', 'cosine'), label_smoothing=(0, 1),
     ema_decay=(0, 1), teacher_steps=1, relax=('soft', 'gumbel', 'st'), ramp=(0, 1), patience=0,
-    image_clip=0, reward_steps=0, reward_batch=2, reward_lr=0, n_wrong=1)
+    image_clip=0, w_dimo=0, reward_steps=0, reward_batch=2, reward_lr=0, n_wrong=1)
 
 # What counts only with a choice of `in_use` below; what is named nowhere always counts
 PUBLISHED = 'teacher_path tokenizer_path teacher_heads'
@@ -460,6 +460,7 @@ if __name__ == '__main__':
             bar.set_postfix({key: row[key] for key in SHOWN if key in row}, refresh=False)
             log.write(dict(step=step, **row))
     bar.close()
+    stop.over()
 
     # Print the table
     if run.rank == 0 and (step >= steps or turned):

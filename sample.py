@@ -381,7 +381,7 @@ def measure_toy():
         settings = [(s, g) for s in (1.0, 1.5, 2.0, 3.0) for g in (1.0, 2.0, 4.0, 8.0)]
     entries = []
     if real is not None:
-        entries.append(dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions)))
+        entries.append(dict(name='real images', passes=0, ms=0.0, **reference.measure(real, captions[:len(real)])))
     for s, g in settings:
         images, ms = render(sampler(s, g), loaded, captions, seed, batch)
         name = f'cfg {s:g} gumbel {g:g}' if is_teacher else os.path.basename(path)

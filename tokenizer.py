@@ -388,11 +388,11 @@ def spread_out(z, k, rng, taken, near=0.0):
 if __name__ == '__main__':
     import os
 
-    from common.files import (check_origin, claim, load_resumed, restore, restore_optimizers, resumes,
+    from common.files import (Log, check_origin, claim, load_resumed, restore, restore_optimizers, resumes,
                               save_checkpoint)
     from common.images import decode_images, encode_images, open_data
     from common.pictures import save_grid
-    from common.run import (Log, Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions,
+    from common.run import (Stop, check_finite, configure, cosine_law, end_run, micro_rng, millions,
                             progress, report_bench, rng_for, same_weights, start_run, sum_over_processes, take_step)
 
     config = configure(globals())
@@ -454,6 +454,7 @@ if __name__ == '__main__':
         with torch.no_grad():
             parts = [net.latents(part.to(run.device)).float() for part in x.split(net.batch)]
             z = torch.cat(parts).flatten(0, 1)                 # (patches, code_dim)
+        check_finite(step, dict(norm=z.norm()))
         if step == free_steps:
             near, dead = 0.0, torch.ones(n_codes, dtype=torch.bool, device=run.device)
         else:

@@ -29,8 +29,8 @@ from common.metrics import Reference, show_table
 from common.pictures import save_curve, save_grid
 from common.rewards import (load_held_out, load_rewards, needs_small_rewards, published_in_use, reward_sum,
                             small_reward_origin)
-from common.run import (configure, image_rngs, progress, report_bench, rng_for, start_run, synchronise, try_writing,
-                        writable, writing)
+from common.run import (configure, image_rngs, progress, report_bench, results_name, rng_for, start_run, synchronise,
+                        try_writing, writable, writing)
 from common.teachers import load_teacher, unpack
 from model import relaxed, start_embedding
 
@@ -43,7 +43,8 @@ n = 0                  # images, 0 = 16 of one prompt or 300 of all tasks
 n_reference = 0        # real images that these are compared with, in distance and coverage; 0 = not compared
 seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
-name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo beside the checkpoint
+name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo and the settings that were changed,
+                       # beside the checkpoint
 teacher = 'ours'       # of the generator, read from its checkpoint
 tokenizer_path = ''    # where a published tokenizer is now, if it moved
 text_path = ''         # and the text encoder of a generator that reads text
@@ -51,8 +52,8 @@ r_init = 0.6           # this and the next two: as the generator was made, read 
 sigma_init = 0.1       # std of the noise on its token embeddings
 tau = 1.0              # temperature of the relaxation
 # optimisation
-starts = 1             # fresh x_init, of which the best is optimised; paper 1, 4 is better here
-iterations = 10        # gradient steps; ReNO 50
+starts = 1             # fresh x_init, of which the best is optimised; paper 16
+iterations = 10        # gradient steps; paper 4, ReNO 50
 lr = 0.2               # SGD; paper .2
 clip = 2.0             # largest gradient norm of one image, 0 = none; paper 0, ReNO .1 (with lr 5)
 pull = 0.0             # weight of |e - e_start|^2 / 2 per image
@@ -104,6 +105,11 @@ USES = {
     '--w_hps or --held_out=hps': 'clip_path hps_path',
     '--w_pick or --held_out=pick': 'clip_path pick_path',
     '--w_imagereward or --held_out=imagereward': 'imagereward_path bert_path'}
+# -----------------------------------------------------------------------------
+
+CHANGED = ()           # the settings that the command line changes: `configure` writes it
+
+
 # -----------------------------------------------------------------------------
 # This stage's equations
 
@@ -338,7 +344,8 @@ if __name__ == '__main__':
     world_file = os.path.join(folder, 'rewards.pt')
     stem = name
     if not name and not bench:
-        stem = writable(os.path.join(folder, 'tteo.json')).removesuffix('.json')
+        stem = os.path.join(folder, results_name('tteo', config, CHANGED))
+        stem = writable(f'{stem}.json').removesuffix('.json')
     if not bench:
         try_writing(f'{stem}.json')                    # before slow work
     if needs_small_rewards(config):

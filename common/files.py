@@ -3,6 +3,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from collections import OrderedDict
 
 import torch
 
-from common.run import is_rank0, replacing, say, try_writing
+from common.run import is_rank0, replacing, say, try_writing, writing
 
 
 # -----------------------------------------------------------------------------
@@ -24,6 +25,16 @@ def previous(path):
 
 def exists(path):
     return os.path.exists(path) or os.path.exists(previous(path))
+
+
+def set_aside(path):
+    """A run that starts anew leaves no checkpoint of another where --resume would find it: that one
+    becomes *.old.pt, with a note."""
+    older = '.old'.join(os.path.splitext(path))
+    for there in (previous(path), path):
+        if os.path.exists(there):
+            os.replace(there, older)
+            print(f'note: {there} of an earlier run is now {older}')
 
 
 def save_checkpoint(path, state):
@@ -320,6 +331,43 @@ def restore_optimizers(optimizers, states, path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: its optimizers do not fit ({first_line(error, 100)}); resume with '
                          'the settings of Muon and of frozen tables that it was made with') from None
+
+
+# -----------------------------------------------------------------------------
+# Log lines
+
+class Log:
+    """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the
+    seed only (times go to the console), so that a resumed run writes the same lines as an
+    uninterrupted one. At step 0 a run starts anew, without what an earlier one left behind."""
+
+    def __init__(self, checkpoint, step):
+        if step == 0:
+            set_aside(checkpoint)
+        self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
+        with replacing(self.path) as new:
+            kept = self.lines_until(step)                      # drop what a crash left behind
+            with open(new, 'w', encoding='utf-8') as file:
+                file.writelines(kept)
+
+    def lines_until(self, step):
+        if not step or not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding='utf-8', errors='replace') as file:
+            return [line for line in file if logged_step(line) <= step]
+
+    def write(self, row):
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(row) + '\n')
+
+
+def logged_step(line):
+    """The step of a log line, infinity where a crash has left something else."""
+    try:
+        step = json.loads(line)['step'] if line.endswith('\n') else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    return step if isinstance(step, int) else math.inf
 
 
 # -----------------------------------------------------------------------------

@@ -962,7 +962,7 @@ def token_data(source, tokenizer, folder, device, batch=256, flips=False):
 def cache_path(source, tokenizer, folder, flips):
     """The file's name: it carries a hash of the images and of the tokenizer's weights, so that a
     stale cache is never used, and a folder that was moved or touched not encoded again."""
-    key = json.dumps([*source.key(), bool(flips), tokenizer.digest()])
+    key = json.dumps([*source.key(), source.length, bool(flips), tokenizer.digest()])
     digest = hashlib.sha256(key.encode()).hexdigest()
     return os.path.join(folder, f'tokens-{digest[:16]}.npy')
 

@@ -160,8 +160,9 @@ BLOCKS = 20                                            # parts of the images tha
 def distance_by_block(x, y):
     """Frechet distance of features x (n, d) from y (m, d) -> (blocks,): its jackknife pseudo-values
     B D - (B - 1) D_b, where D_b lacks block b of both, every B-th image. Their mean is the distance
-    without its bias, which falls as 1 / n and 1 / m, so that rows of any n compare (it may so come
-    out a little below 0); their scatter gives its standard error (Quenouille 1956, Tukey 1958)."""
+    without its bias, which falls as 1 / n and 1 / m, so that rows of any n compare, if n is six times
+    d or more (it may so come out a little below 0); their scatter gives its standard error
+    (Quenouille 1956, Tukey 1958)."""
     B = min(BLOCKS, len(x), len(y))
     x_sums = sums_by_block(x, B)
     y_sums = sums_by_block(y, B)
@@ -239,10 +240,10 @@ class Reference:
         return cls(loaded.source, load_reader(loaded.source, folder), n)
 
     def prompts(self, n):
-        """n captions with their real images (n, 3, H, W), none of them in the reference."""
-        index = self.source.readable(self.rest, n)
-        images, captions = self.source.batch(np.resize(index, n))
-        return captions, images
+        """n captions, none of the reference, over again where there are fewer, and the real images of
+        the first of them, each once: (m, 3, H, W) with m <= n."""
+        images, captions = self.source.batch(self.source.readable(self.rest, n))
+        return [captions[k % len(captions)] for k in range(n)], images
 
     def measure(self, images, captions):
         """Images (n, 3, H, W) drawn for the captions -> dict: reader and toy_fd, two distances,
@@ -411,17 +412,18 @@ def show_table(entries):
 
 @torch.no_grad()
 def final_table(path, samplers, loaded, reference, n, seed, config):
-    """Measure n real images, their reconstruction by the tokenizer and every sampler of
+    """Measure real images (n, if there are as many), their reconstruction by the tokenizer and every sampler of
     {name: (passes, sample(cond, rng) -> tokens)}, slow ones on a quarter; print the table and write
     path.json and path.png (16 images per row, the same captions in each column). Raises OSError
     where a file cannot be written."""
     captions, real = reference.prompts(n)
     entries, pictures = [], []
     if real is not None:
+        their_own = captions[:len(real)]
         tokens = encode_images(loaded.tokenizer, real)
-        rebuilt = decode_images(loaded.tokenizer, tokens, captions)
+        rebuilt = decode_images(loaded.tokenizer, tokens, their_own)
         for name, images in {'real images': real, 'tokenizer reconstruction': rebuilt}.items():
-            measured = reference.measure(images, captions)
+            measured = reference.measure(images, their_own)
             entries.append(dict(name=name, passes=0, ms=0.0, **measured))
         pictures.append(real[:SHOWN])
     for name, (passes, sample) in samplers.items():
@@ -431,8 +433,9 @@ def final_table(path, samplers, loaded, reference, n, seed, config):
         entries.append(dict(name=name, passes=passes, ms=round(ms, 2), **measured))
         pictures.append(drawn[:SHOWN])
     show_table(entries)
-    labels = captions[:SHOWN] * len(pictures)
-    save_grid(f'{path}.png', torch.cat(pictures), labels, columns=len(pictures[0]))
+    columns = min(len(images) for images in pictures)
+    rows = torch.cat([images[:columns] for images in pictures])
+    save_grid(f'{path}.png', rows, captions[:columns] * len(pictures), columns=columns)
     with writing(f'{path}.json'), open(f'{path}.json', 'w', encoding='utf-8') as file:
         json.dump(dict(config=config, rows=entries), file, indent=1)
     print(f'image seeds ({seed}, 0..{n - 1}); table: {path}.json, picture: {path}.png, '

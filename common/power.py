@@ -23,7 +23,7 @@ from common.world import CELL, COLORS, HELD_OUT, arrange, paint, random_choices
 out_dir = 'out'        # folder of tokenizer.pt, where the reader is, too
 n = 5000               # images of a set
 n_reference = 5000     # renders that they are measured against
-LIMITS = dict(n=100, n_reference=100)
+LIMITS = dict(n=500, n_reference=500)
 # -----------------------------------------------------------------------------
 
 SHARE = 0.1            # of a set that is spoilt
@@ -147,6 +147,9 @@ if __name__ == '__main__':
     run = start_run()
     state = load_checkpoint(os.path.join(out_dir, 'tokenizer.pt'), 'tokenizer', 'Make it with: python tokenizer.py')
     tokenizer = unpack_tokenizer(dict(args=state['args'], net=state['net']))
+    if tokenizer.config['image_size'] != 32:
+        raise ValueError(f'{out_dir}/tokenizer.pt: is of {tokenizer.config["image_size"]} pixels, expected the 32 of the '
+                         'shapes world; give --out_dir')
     source = open_data('shapes', 32)
     reader = load_reader(source, out_dir)
 

@@ -228,10 +228,13 @@ def key_of(source):
 
 
 def load_reader(source, folder):
-    """The reader of a source, trained first where its file in `folder` is missing. All processes
-    must call this. Raises ValueError, OSError."""
+    """The reader of a source, trained first where its file is neither in `folder` nor in the one above.
+    All processes must call this. Raises ValueError, OSError."""
     key = key_of(source)
     path = os.path.join(folder, f'reader-{key}.pt')
+    above = os.path.join(folder, '..', f'reader-{key}.pt')
+    if os.path.exists(above) and not os.path.exists(path):
+        path = above
     if is_rank0() and not os.path.exists(path):
         print(f'{path} is missing: training the network that reads the images for the tables, '
               'expected 1 minute on one CPU core', flush=True)

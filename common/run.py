@@ -9,7 +9,6 @@ import dis
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -427,7 +426,7 @@ class Stop:
     def __init__(self):
         self.asked = 0.0                                       # when
         self.said = False
-        on_stop_signals(self.ask)
+        self.before = on_stop_signals(self.ask)
 
     def ask(self, number, frame):
         again = number in (signal.SIGINT, signal.SIGTERM)
@@ -447,8 +446,15 @@ class Stop:
             stopping = bool(flag)
         if stopping and not self.said:
             self.said = True
-            say('stopping; --resume continues from what is saved')
+            say('stopping; --resume continues from what is saved, if anything is yet')
         return stopping
+
+    def over(self):
+        """The loop has ended and is saved: a signal ends what follows at once, unless one has come,
+        which may be passed on once more."""
+        if not self.asked:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
@@ -707,16 +713,20 @@ def writable(path):
 UNNAMED = ('ckpt', 'teacher', 'batch', 'metrics', 'sweep', 'inception_sha256')    # what is in no name of results
 
 
-def results_files(stem, kind, config, changed):
-    """Where numbers are written: STEM-KIND-setting=value.json, whose name has each setting of
-    `config` that the command line has `changed`, so that no measurement replaces another's; and
-    STEM-KIND.json, which holds the newest. That they can be written is tried at once: OSError."""
+def results_name(kind, config, changed):
+    """KIND-setting=value-..., which has each setting of `config` that the command line has `changed`, so
+    that no measurement replaces another's."""
     parts = [f'{key}={short(config[key])}' for key in sorted(changed) if key not in UNNAMED]
     name = '-'.join([kind, *parts])
-    if len(name) > 180:
-        name = f'{kind}-{short(name)}'
+    return name if len(name) <= 180 else f'{kind}-{short(name)}'
+
+
+def results_files(stem, kind, config, changed):
+    """Where numbers are written: STEM-KIND-setting=value.json, and STEM-KIND.json, which holds the newest.
+    That they can be written is tried at once: OSError."""
+    name = results_name(kind, config, changed)
     files = [writable(f'{stem}-{name}.json')]
-    if parts:
+    if name != kind:
         files.append(writable(f'{stem}-{kind}.json'))
     return files
 
@@ -728,38 +738,6 @@ def short(value):
         return text
     plain = re.sub(r'[^\w.+-]', '_', os.path.basename(text), flags=re.ASCII)
     return f'{plain[:20]}.{hashlib.sha256(text.encode()).hexdigest()[:8]}'
-
-
-class Log:
-    """log.jsonl beside the checkpoint: one JSON object per log line, numbers that follow from the
-    seed only (times go to the console), so that a resumed run writes the same lines as an
-    uninterrupted one."""
-
-    def __init__(self, checkpoint, step):
-        self.path = os.path.splitext(checkpoint)[0] + '.log.jsonl'
-        with replacing(self.path) as new:
-            kept = self.lines_until(step)                      # drop what a crash left behind
-            with open(new, 'w', encoding='utf-8') as file:
-                file.writelines(kept)
-
-    def lines_until(self, step):
-        if not step or not os.path.exists(self.path):
-            return []
-        with open(self.path, encoding='utf-8', errors='replace') as file:
-            return [line for line in file if logged_step(line) <= step]
-
-    def write(self, row):
-        with writing(self.path), open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
-
-
-def logged_step(line):
-    """The step of a log line, infinity where a crash has left something else."""
-    try:
-        step = json.loads(line)['step'] if line.endswith('\n') else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        step = None
-    return step if isinstance(step, int) else math.inf
 
 
 def smoothed(smooth, numbers, keys, share=0.05):

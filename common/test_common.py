@@ -38,10 +38,10 @@ import tokenizer
 import tteo
 from common import metrics, pictures, power, reader, rewards, world
 from common.benchmarks import check_new, write_npz
-from common.files import (can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
+from common.files import (Log, can_be_mapped, check_origin, load_checkpoint, load_resumed, optimizer_states, restore,
                           restore_optimizers, resumes, save_checkpoint, settings_of)
 from common.images import captions_of, open_data, read_image, token_data, word_ids
-from common.run import (LAUNCHER, Log, Muon, Stop, apply_gradients, configure, console, ema_update,
+from common.run import (LAUNCHER, Muon, Stop, apply_gradients, configure, console, ema_update,
                         launched, make_optimizers, micro_rng, out_folder, report_bench, report_error,
                         results_files, setting_names, split_batch, try_writing, wanted_instead)
 from common.teachers import (TOKENIZERS, TRANSFORMERS, load_teacher, train_missing, unpack,
@@ -2103,6 +2103,18 @@ def test_a_damaged_line_of_a_log_is_dropped_and_the_others_kept(tmp_path):
     assert os.listdir(tmp_path) == ['x.log.jsonl'] and path.read_text() == ''
 
 
+def test_a_run_that_starts_anew_leaves_nothing_that_resume_would_take_for_its_own(tmp_path):
+    (tmp_path / 'x.prev.pt').write_text('older')
+    (tmp_path / 'x.pt').write_text('old')
+    with capture() as said:
+        Log(f'{tmp_path}/x.pt', 0)
+    assert not resumes(True, f'{tmp_path}/x.pt')
+    assert (tmp_path / 'x.old.pt').read_text() == 'old' and 'is now' in said.getvalue()
+    (tmp_path / 'x.pt').write_text('new')
+    Log(f'{tmp_path}/x.pt', 4)
+    assert resumes(True, f'{tmp_path}/x.pt')
+
+
 # -----------------------------------------------------------------------------
 # Where a run is started
 
@@ -2206,6 +2218,20 @@ def test_every_signal_that_asks_for_a_stop_is_heard_but_a_closed_terminal_under_
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.now(0, CPU)
     for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_after_the_loop_a_signal_ends_at_once_unless_one_was_heard():
+    before = signal.getsignal(signal.SIGINT)
+    stop = Stop()
+    assert signal.getsignal(signal.SIGINT) == stop.ask
+    stop.over()
+    assert signal.getsignal(signal.SIGINT) == before
+    stop = Stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.over()                                        # torchrun may pass it on once more
+    assert signal.getsignal(signal.SIGINT) == stop.ask
+    for number, handler in stop.before.items():
         signal.signal(number, handler)
 
 

@@ -830,14 +830,16 @@ def test_halves_share_no_image_and_count_none_twice_where_files_are_unreadable(t
     with capture():
         reference = Reference(source, UNTRAINED, 100)
         captions, images = reference.prompts(15)
-        again, _ = reference.prompts(100)
+        again, once = reference.prompts(100)
     index, others, name = source.reference_split(100)
     seen = {path for path in source.bad}
     assert all(source.files[i][0] not in seen for i in (*index, *source.readable(others, 100)))
     assert len(reference.captions) == len(index) == len(set(index))
     assert f'{len(index)} images of' in name and not set(index) & set(others)
     assert len({image.numpy().tobytes() for image in images}) == 15 == len(captions)
-    assert len(again) == 100                                   # over again
+    assert len(again) == 100                                   # over again, the images not
+    assert len(once) == len({image.numpy().tobytes() for image in once}) == len(source.readable(others, 100))
+    assert again[:len(once)] == again[len(once):2 * len(once)]
     half = source.batch(index)[0]
     assert not {x.numpy().tobytes() for x in half} & {x.numpy().tobytes() for x in images}
     assert len(index) + len(source.readable(others, 100)) == 40
