@@ -43,9 +43,10 @@ def some_of(scenes, rows):
 
 
 def spoilt_tenths(first, n, mix):
-    """n renders from index `first` on -> images (n, 3, 32, 32), and four ways to spoil a tenth of
+    """n renders from index `first` on -> images (n, 3, 32, 32), and six ways to spoil a tenth of
     them: {name: (rows, images in their place)}. mix(images, others, corners, rng) mixes a cell of
-    each image with the same cell of another, by tokens or by pixels."""
+    each image with the same cell of another, by tokens or by pixels. The reader was trained to see
+    mixed pieces and wrong sizes, but neither halves nor blur."""
     rng = np.random.RandomState(first % 2 ** 31)
     scenes = scenes_at(np.arange(first, first + n))
     clean = paint(scenes, 1)
@@ -58,6 +59,8 @@ def spoilt_tenths(first, n, mix):
         'no red, another colour instead': without_red(scenes, rng),
         'an object of a third size': (rows, grown(some_of(scenes, rows), object_of, corners)),
         'one image, again and again': (rows, clean[rows[:1]].expand(len(rows), -1, -1, -1)),
+        'half of an object': (rows, halved(clean[rows], corners)),
+        'a blur': (rows, blurred(clean[rows])),
     }
 
 
@@ -88,6 +91,20 @@ def grown(scenes, object_of, corners):
         left = (column + CELL // 2) * GROWN // 4 - CELL // 2
         images[k, :, row:row + CELL, column:column + CELL] = large[k, :, top:top + CELL, left:left + CELL]
     return images
+
+
+def halved(images, corners):
+    """These images without the lower half of one object: the background of its cell's corner instead."""
+    images = images.clone()
+    for k, (row, column) in enumerate(corners):
+        background = images[k, :, row, column, None, None]
+        images[k, :, row + CELL // 2:row + CELL, column:column + CELL] = background
+    return images
+
+
+def blurred(images):
+    """Each pixel becomes the mean of nine."""
+    return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), 'replicate'), 3, 1)
 
 
 def inside_cells(corners, side, rng):

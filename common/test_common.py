@@ -864,7 +864,7 @@ def test_the_reader_tells_spoilt_sets_from_clean_ones():
         net = reader.train_reader(source)
     n = 4000
     clean, spoilt = power.spoilt_tenths(power.FIRST, n, power.mix_pixels)
-    assert len(spoilt) == 4
+    assert len(spoilt) == 6
     for rows, images in spoilt.values():
         changed = (images != clean[rows]).flatten(1).any(1)
         assert len(rows) == len(set(rows)) == n // 10 and changed.double().mean() > 0.9
