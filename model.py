@@ -715,7 +715,7 @@ if __name__ == '__main__':
     config = configure(globals())
     run = start_run(batch_size, micro_batch)
 
-    # Load the tokenizer, encode the data
+    # Load the tokenizer, open the data
     out = os.path.join(out_dir, 'model.pt')
     if not bench:
         claim(out, resume or overwrite)
@@ -723,10 +723,7 @@ if __name__ == '__main__':
     packed = load_checkpoint(tokenizer_path, 'tokenizer', 'Train it with: python tokenizer.py', fallback=True)
     tokenizer = unpack_tokenizer(packed, place=tokenizer_path).to(run.device)
     source = open_data(data, tokenizer.config['image_size'], n_images, out_dir=out_dir)
-    table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
-    dataset = TokenData(table, tokenizer.N, source)
     words, T = list(source.words), source.caption_length
-    prompt_ids = torch.from_numpy(table[:, tokenizer.N:].astype(id_type(len(words) + 1)))    # (M, T)
     origin = dict(tokenizer=tokenizer.digest(), vocabulary=digest_of(words), data=source.digest())
     check_origin(tokenizer_path, packed, origin)
     note_unfinished(packed, tokenizer_path)
@@ -748,6 +745,11 @@ if __name__ == '__main__':
         restore_optimizers(optimizers, state['optimizers'], out)
         step, smooth = state['step'], state['smooth'].to(run.device)
     forward = torch.compile(net) if compile else net
+
+    # Encode the data
+    table = token_data(source, tokenizer, out_dir, run.device, flips=flips)    # (M, N + T)
+    dataset = TokenData(table, tokenizer.N, source)
+    prompt_ids = torch.from_numpy(table[:, tokenizer.N:].astype(id_type(len(words) + 1)))    # (M, T)
 
     def update():
         """One training step -> masked cross-entropy of the last micro-batch, gradient norm."""

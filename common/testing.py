@@ -144,8 +144,10 @@ def run_forked(command, processes, before):
         group = [context.Process(target=forked, args=(command, before, output.fileno(), place)) for place in places]
         for child in group:
             child.start()
-        while alive := [child.sentinel for child in group if child.is_alive()]:
-            multiprocessing.connection.wait(alive)
+        alive = group
+        while alive:
+            multiprocessing.connection.wait([child.sentinel for child in alive])
+            alive = [child for child in alive if child.is_alive()]
             if any(child.exitcode for child in group):
                 for child in group:                    # the others would wait for it
                     child.kill()
