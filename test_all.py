@@ -1562,6 +1562,8 @@ def test_folder_goes_through_the_whole_pipeline(tmp_path):
         must_run(f'{script} --out_dir={folder} --data={data} --steps=5')
     must_run(f'reward.py --out_dir={folder} --steps=2')
     must_run(f'tteo.py --ckpt={folder}/reward.pt --n=3 --iterations=1')
+    named = pathlib.Path(f'{folder}/tteo-iterations=1-n=3.json').read_text()       # which another does not replace
+    assert named == pathlib.Path(f'{folder}/tteo.json').read_text()
     row = table_of(f'{folder}/distill.json')[0]
     assert row['reference'] == (f'20 images of {data} (real images: 20 others; models and reader were '
                                 'trained on both)')

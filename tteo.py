@@ -19,6 +19,7 @@ Expected (2 CPU cores, shapes world): a minute; numbers in assets/RESULTS.md.
 """
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -44,7 +45,7 @@ n_reference = 0        # real images that these are compared with, in distance a
 seed = 0               # image k follows from (seed, k)
 batch = 100            # images per forward pass; lower it when memory runs out
 name = ''              # pictures and tables are written as NAME.png, ...; '' = tteo and the settings that were changed,
-                       # beside the checkpoint
+                       # beside the checkpoint, where tteo.png, ... are the newest
 teacher = 'ours'       # of the generator, read from its checkpoint
 tokenizer_path = ''    # where a published tokenizer is now, if it moved
 text_path = ''         # and the text encoder of a generator that reads text
@@ -342,10 +343,10 @@ if __name__ == '__main__':
     loaded = load_generator(run)
     folder = os.path.dirname(ckpt)
     world_file = os.path.join(folder, 'rewards.pt')
-    stem = name
+    stem = newest = name
     if not name and not bench:
-        stem = os.path.join(folder, results_name('tteo', config, CHANGED))
-        stem = writable(f'{stem}.json').removesuffix('.json')
+        newest = writable(os.path.join(folder, 'tteo.json')).removesuffix('.json')
+        stem = newest.removesuffix('tteo') + results_name('tteo', config, CHANGED)
     if not bench:
         try_writing(f'{stem}.json')                    # before slow work
     if needs_small_rewards(config):
@@ -431,3 +432,7 @@ if __name__ == '__main__':
     save_grid(f'{stem}.png', torch.cat([before[pick], after[pick], chosen[pick]]), [captions[k] for k in pick] * 3,
               columns=len(pick))
     print(f'{stem}.png: before, after, best of {draws}; {stem}-curve.png, {stem}.json')
+    if newest != stem:
+        for end in ('.png', '-curve.png', '.json'):
+            shutil.copyfile(stem + end, newest + end)
+        print(f'the same: {newest}.png, ...')
