@@ -17,6 +17,7 @@ import pathlib
 import runpy
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def forked(command, before, output, place):
     os.chdir(HERE)
     os.environ.update(ALONE)
     os.environ.update(place)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)       # also where the tests run under nohup
     sys.argv = command
     exec(before, {})
     exec(QUICK, {})
