@@ -1,7 +1,8 @@
 """
 Times every stage at the four published sizes, with random weights and without any file, and prints
 the table of assets/RESULTS.md: one command after the other, the most wanted ones first, until the
-time is over. A row that had no time says so.
+time is over. A row that had no time says so: ten minutes are enough for one size, or for the first
+rows of all.
 
 $ python -m common.timing                      # one GPU: ten minutes at most
 $ python -m common.timing --minutes=3 --teacher=maskgit
@@ -40,14 +41,13 @@ def commands(kind):
     training = [f'distill.py {ask} --micro_batch=0 --batch_size={images or distill}',
                 f'gan.py {ask} --micro_batch=0 --batch_size={images or gan}',
                 f'{rewards} --grad_checkpoint=false']
-    found = [f'sample.py {ask} --student --steps=1 --batch={images or draw}', *training]
+    found = [f'sample.py {ask} --student --steps=1 --batch={images or draw}', *training,
+             f'sample.py {ask} --steps={steps} --batch={images or draw}',
+             f'tteo.py --bench --teacher={kind} --ckpt=random {REWARD} --w_pick=0 --batch={images or tteo}']
     if compile:
         found += [f'{command} --compile' for command in training]
-    found += [f'sample.py {ask} --steps={steps} --batch={images or draw}',
-              f'tteo.py --bench --teacher={kind} --ckpt=random {REWARD} --w_pick=0 --batch={images or tteo}',
-              f'{rewards} --grad_checkpoint',
-              f'sample.py {ask} --student --steps=1 --half_decoder=false --batch={images or draw}']
-    return found
+    return [*found, f'{rewards} --grad_checkpoint',
+            f'sample.py {ask} --student --steps=1 --half_decoder=false --batch={images or draw}']
 
 
 def numbers_of(text):
