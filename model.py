@@ -674,9 +674,13 @@ def surrogate(logits, grad):
 
 
 def aux_loss(aux_logits, tokens, mask, label_smoothing=0.0):
-    """Cross-entropy of logits (B, N, V) on tokens (B, N) at masked positions. The auxiliary model
-    learns by it to be the generator's own masked diffusion model (Di[M]O, arXiv 2503.15457,
-    auxiliary update), the teacher the data's."""
+    """Cross-entropy of logits (B, N, V) on tokens (B, N) at masked positions, of which each image has
+    one. The auxiliary model learns by it to be the generator's own masked diffusion model (Di[M]O,
+    arXiv 2503.15457, auxiliary update), the teacher the data's."""
+    if is_large(aux_logits):                                   # image by image, once more in the backward pass
+        parts = zip(aux_logits.split(1), tokens.split(1), mask.split(1))
+        means = [checkpoint(aux_loss, q, x, m, label_smoothing, use_reentrant=False) for q, x, m in parts]
+        return (torch.stack(means) * mask.sum(1)).sum() / mask.sum()
     return F.cross_entropy(aux_logits[mask].float(), tokens[mask], label_smoothing=label_smoothing)
 
 

@@ -571,6 +571,18 @@ def test_large_logits_are_judged_image_by_image_with_the_same_result():
     same(parts, whole)
 
 
+def test_a_large_auxiliary_loss_is_summed_image_by_image_with_the_same_gradient():
+    logits = torch.randn(3, 16, 12, dtype=torch.float64, requires_grad=True)
+    tokens = some_tokens(3)
+    mask = M.mask_tokens(tokens, torch.tensor([0.1, 0.5, 1.0]))            # unequal weights
+    whole = M.aux_loss(logits, tokens, mask, 0.1)
+    with mock.patch.object(M, 'LARGE', 16 * 12):
+        parts = M.aux_loss(logits, tokens, mask, 0.1)
+        gradient, = torch.autograd.grad(parts, logits)
+    assert torch.isclose(parts, whole)
+    assert torch.allclose(gradient, torch.autograd.grad(whole, logits)[0], atol=1e-7)    # the loss is float32
+
+
 def test_surrogate_hands_its_gradient_to_the_logits():
     logits = torch.randn(4, 5, 7, requires_grad=True)
     grad = torch.randn(4, 5, 7)

@@ -31,7 +31,9 @@ def set_aside(path):
     """A run that starts anew leaves no checkpoint of another where --resume would find it: that one
     becomes *.old.pt, with a note."""
     older = '.old'.join(os.path.splitext(path))
-    for there in (previous(path), path):
+    if os.path.exists(path) and os.path.exists(previous(path)):
+        os.remove(previous(path))
+    for there in (path, previous(path)):
         if os.path.exists(there):
             os.replace(there, older)
             print(f'note: {there} of an earlier run is now {older}')
